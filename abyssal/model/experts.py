@@ -1,0 +1,114 @@
+"""DeepSeekMoE (DeepSeek-V3, section 2.1.2): gate, routed experts, shared experts.
+
+The gate scores every expert, picks K of them for each token, within the best groups where experts are grouped, and
+weights them. A bias steers which are picked and nothing else: a gate value is made of the unbiased score.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.config import ModelConfig
+from abyssal.model.layers import MLP, Pinned
+from abyssal.ops.experts import experts
+from abyssal.ops.fp8 import dequantize
+
+
+class Routing(NamedTuple):
+    """What a gate decided, for balancing and for study."""
+
+    weights: Tensor  # [T, K] gate values, float32 or wider
+    indices: Tensor  # [T, K] int64 the experts picked
+    scores: Tensor  # [T, E] unbiased scores of all experts, float32 or wider
+
+
+class Gate(Pinned):
+    """Scores, picks and weights. `bias` `[E]` float32, where balancing is auxiliary-loss-free, is a buffer: it is
+    moved by the balance update, not by a gradient, and stays float32 through `.to(dtype)`."""
+
+    bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.n_routed_experts is not None
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.router_bias else None
+        self.register_buffer("bias", bias)
+
+    def pinned(self) -> list[str]:
+        return ["bias"] if self.bias is not None else []
+
+    def forward(self, x: Tensor) -> Routing:
+        """`x [T, D]` -> Routing (equations 13-16)."""
+        c = self.config
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = nn.functional.linear(x.to(wide), self.weight.to(wide))
+        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
+        indices = self.pick(scores if self.bias is None else scores + self.bias)
+        weights = scores.gather(1, indices)
+        if c.norm_topk_prob and c.num_experts_per_tok > 1:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return Routing(weights * c.routed_scaling_factor, indices, scores)
+
+    def pick(self, biased: Tensor) -> Tensor:
+        """`[T, E]` -> `[T, K]`: the best K of the best groups. A group is worth the sum of its best two (V3) or
+        its best one (V2); experts of other groups are at -inf, since a biased score may be below 0."""
+        c = self.config
+        biased = biased.detach()
+        if c.n_group > 1:
+            groups = biased.unflatten(-1, (c.n_group, -1))
+            worth = groups.topk(2).values.sum(-1) if self.bias is not None else groups.amax(-1)
+            kept = worth.topk(c.topk_group, sorted=False).indices
+            out = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
+            biased = groups.masked_fill(out[..., None], float("-inf")).flatten(1)
+        return biased.topk(c.num_experts_per_tok, sorted=False).indices
+
+
+class Experts(Pinned):
+    """The routed experts' weights, stacked: w1, w3 `[E, F, D]`, w2 `[E, D, F]`; FP8 ones with scales a 128x128 block."""
+
+    w1_scale: Tensor | None
+    w2_scale: Tensor | None
+    w3_scale: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.n_routed_experts is not None
+        E, D, F = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.w1 = nn.Parameter(torch.empty(E, F, D))
+        self.w2 = nn.Parameter(torch.empty(E, D, F))
+        self.w3 = nn.Parameter(torch.empty(E, F, D))
+        for name in ("w1_scale", "w2_scale", "w3_scale"):
+            self.register_buffer(name, None)
+
+    def pinned(self) -> list[str]:
+        return [*super().pinned(), *(name for name, t in self._buffers.items() if t is not None)]
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """`[T, D]` -> `[T, D]`: the weighted sum of each token's experts."""
+        weights = [
+            w if scale is None else dequantize(w, scale, x.dtype)
+            for w, scale in ((self.w1, self.w1_scale), (self.w2, self.w2_scale), (self.w3, self.w3_scale))
+        ]
+        return experts(x, *weights, routing.indices, routing.weights)
+
+
+class MoE(nn.Module):
+    """Routed experts and, beside them, shared ones that see every token (equation 12)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        shared = config.n_shared_experts or 0
+        self.shared_experts = (
+            MLP(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """`[T, D]` -> `[T, D]` and what the gate decided."""
+        routing = self.gate(x)
+        y = self.experts(x, routing)
+        return (y if self.shared_experts is None else y + self.shared_experts(x)), routing

@@ -1,0 +1,77 @@
+"""Linear maps, norms and the gated MLP: what attention and experts are made of."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.ops.fp8 import dequantize
+from abyssal.ops.linear import linear
+from abyssal.ops.norm import rms_norm
+
+
+class Pinned(nn.Module):
+    """A module some of whose tensors keep their dtype under `.to(dtype)`, `.half()` and the like: router biases
+    and FP8 scales are float32 whatever the rest is, and FP8 weights are not numbers without their scales."""
+
+    def pinned(self) -> list[str]:
+        """Names of own parameters and buffers that only ever change device."""
+        return [name for name, t in {**self._parameters, **self._buffers}.items()
+                if t is not None and t.dtype == torch.float8_e4m3fn]  # fmt: skip
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before: dict[str, Any] = {name: getattr(self, name) for name in self.pinned()}
+        kept = {name: t.data for name, t in before.items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, t in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != t.dtype:
+                moved.data = t.to(moved.device)
+        return self
+
+
+class Linear(Pinned):
+    """y = x Wᵀ, without a bias. `weight` is `[out, in]`; with FP8 weights `scale` is `[out/128, in/128]`."""
+
+    scale: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.register_buffer("scale", None)
+
+    def pinned(self) -> list[str]:
+        return [*super().pinned(), *(["scale"] if self.scale is not None else [])]
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight as numbers of `dtype`, dequantised where it is FP8."""
+        return dequantize(self.weight, self.scale, dtype) if self.scale is not None else self.weight.to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.dense(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    """The gated MLP of the dense layers and the shared experts: w2(silu(w1 x) · w3 x)."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.w1 = Linear(width, inner)
+        self.w2 = Linear(inner, width)
+        self.w3 = Linear(width, inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))

@@ -1,0 +1,138 @@
+"""DeepSeek-V3: embedding, blocks, head; the whole forward pass on one screen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from abyssal.config import ModelConfig
+from abyssal.model.attention import GroupedAttention
+from abyssal.model.cache import Cache, Leaves
+from abyssal.model.experts import Gate, MoE, Routing
+from abyssal.model.latent import LatentAttention
+from abyssal.model.layers import MLP, Linear, Pinned, RMSNorm
+from abyssal.model.packing import Packing
+from abyssal.model.positions import Rotary, added_positions, rotary
+from abyssal.model.prediction import Prediction, PredictionModule, predict_further
+
+
+class Block(nn.Module):
+    """Attention, then a dense MLP or DeepSeekMoE, each on a normalised input and added to the stream."""
+
+    def __init__(self, config: ModelConfig, experts: bool) -> None:
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.attn_norm = RMSNorm(width, eps)
+        self.attn = LatentAttention(config) if config.attention == "mla" else GroupedAttention(config)
+        self.ffn_norm = RMSNorm(width, eps)
+        self.ffn = MoE(config) if experts else MLP(width, config.intermediate_size)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: Rotary | None,
+        packing: Packing,
+        cache: dict[str, Tensor] | None = None,
+        path: str | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """`x [T, D]` -> `[T, D]`, and what the gate decided where there is one."""
+        x = x + self.attn(self.attn_norm(x), angles, packing, cache, path)
+        y = self.ffn(self.ffn_norm(x))
+        y, routing = y if isinstance(y, tuple) else (y, None)
+        return x + y, routing
+
+
+class Hidden(NamedTuple):
+    """What the blocks make of a batch."""
+
+    states: Tensor  # [T, D] after the final norm: what the head and the first MTP module read
+    routings: list[Routing]  # one a layer with experts, first layer first
+
+
+class Transformer(nn.Module):
+    """The model. Its parameters are uninitialised until `init_weights`, `load` or `load_state_dict`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dense = config.first_k_dense_replace if config.has_experts else config.num_hidden_layers
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, l >= dense) for l in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embed.weight
+        self.mtp = nn.ModuleList(
+            PredictionModule(config, Block(config, config.mtp_has_experts))
+            for _ in range(config.num_nextn_predict_layers)
+        )
+
+    def forward(self, tokens: Tensor, lengths: Sequence[int] | Tensor | Packing) -> Tensor:
+        """`tokens [T]` int64, `lengths` of the packed sequences -> logits `[T, vocab]`, float32 or wider.
+
+        Raises ValueError if the lengths do not sum to T.
+        """
+        return self.logits(self.hidden(tokens, Packing.of(lengths, tokens)).states)
+
+    def hidden(
+        self, tokens: Tensor, packing: Packing, cache: Cache | None = None, path: str | None = None
+    ) -> Hidden:
+        """All but the head. With a cache, writes what the tokens leave behind and attends to what stands there."""
+        x, angles = self.enter(tokens, packing), rotary(self.config, packing.positions)
+        routings = []
+        for l, layer in enumerate(self.layers):
+            x, routing = layer(x, angles, packing, cache.layers[l] if cache else None, path)
+            if routing is not None:
+                routings.append(routing)
+        return Hidden(self.norm(x), routings)
+
+    def enter(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """[T, D]: the embeddings, and positions on top where they are added."""
+        x = self.embed(tokens)
+        added = added_positions(self.config, packing.positions, x.dtype)
+        return x if added is None else x + added
+
+    def logits(self, states: Tensor) -> Tensor:
+        """`[T, D]` -> `[T, vocab]`, float32 or wider."""
+        return self.head(states).to(torch.promote_types(states.dtype, torch.float32))
+
+    def predict_states(self, states: Tensor, tokens: Tensor, packing: Packing) -> list[Prediction]:
+        """The MTP modules in sequence over whole sequences, from the main model's states."""
+        return predict_further(self, states, tokens, packing)
+
+    def predict(self, tokens: Tensor, lengths: Sequence[int] | Tensor | Packing) -> list[Tensor]:
+        """The MTP modules' logits, one `[T, vocab]` a module: row t of module d, from 1, predicts token t+1+d.
+        Rows without the tokens they need are undefined."""
+        packing = Packing.of(lengths, tokens)
+        states = self.hidden(tokens, packing).states
+        return [self.logits(p.states) for p in self.predict_states(states, tokens, packing)]
+
+    def leaves(self) -> list[Leaves]:
+        """What a token leaves behind in each layer, the MTP modules' after the main model's."""
+        blocks = [*self.layers, *(module.block for module in self.mtp)]
+        return [block.attn.leaves() for block in blocks]
+
+    def gates(self) -> list[Gate]:
+        """Every router, in the order of a training step's routings: the layers', then the MTP modules'."""
+        return [m for m in self.modules() if isinstance(m, Gate)]
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> "Transformer":
+        """Every matrix from N(0, initializer_range), norms at 1, router biases at 0 (DeepSeek-V3, section 4.2)."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, Pinned | nn.Embedding):
+                for p in module.parameters(recurse=False):
+                    p.normal_(0.0, self.config.initializer_range, generator=generator)
+                if isinstance(module, Gate) and module.bias is not None:
+                    module.bias.zero_()
+        return self
+
+    def save(self, path: str | Path) -> None:
+        """Writes a public-format folder. See `abyssal.checkpoint.save`."""
+        from abyssal.checkpoint import save
+
+        save(self, path)

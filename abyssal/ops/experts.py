@@ -1,0 +1,123 @@
+"""The routed experts: each token's K gated MLPs, weighted and summed (DeepSeek-V3, equation 12)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+
+def experts(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, path: str | None = None
+) -> Tensor:
+    """`[T, D]`: Σ_k weights[t, k] · w2(silu(w1 x_t) · w3 x_t) with the weights of expert indices[t, k].
+
+    `x [T, D]`, `w1`, `w3` `[E, F, D]`, `w2 [E, D, F]`, `indices [T, K]` int64, `weights [T, K]` of any float dtype.
+
+    Paths: "reference" (every expert sees every token; any device and dtype), "loop" (a product an expert, on a
+    CPU), "grouped" (torch's grouped products; no host synchronisation on a GPU). None chooses.
+    """
+    if path is None:
+        path = "loop" if x.device.type == "cpu" else "grouped" if x.dtype == torch.bfloat16 else "reference"
+    if path == "reference":
+        return _reference(x, w1, w2, w3, indices, weights)
+    if path == "grouped":
+        return _grouped(x, w1, w2, w3, indices, weights)
+    if path == "loop":
+        if torch.compiler.is_compiling():
+            return _loop(x, w1, w2, w3, indices, weights)
+        return _Loop.apply(x, w1, w2, w3, indices, weights.to(x.dtype))
+    raise ValueError(f"path: expected 'reference', 'loop' or 'grouped', got {path!r}")
+
+
+def _reference(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    for e in range(w1.shape[0]):
+        gate = (weights * (indices == e)).sum(-1, keepdim=True).to(x.dtype)
+        y = y + gate * ((silu(x @ w1[e].T) * (x @ w3[e].T)) @ w2[e].T)
+    return y
+
+
+def _sorted(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
+    """The (token, choice) pairs in the order of their experts `[T·K]`, and each expert's count `[E]`."""
+    flat = indices.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
+    return order, counts.scatter_add_(0, flat, torch.ones_like(flat))
+
+
+def _grouped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    chosen = indices.shape[1]
+    order, counts = _sorted(indices, w1.shape[0])
+    ends = counts.cumsum(0).to(torch.int32)
+    rows = x[order // chosen]
+    product = torch.nn.functional.grouped_mm
+    hidden = silu(product(rows, w1.transpose(1, 2), offs=ends)) * product(rows, w3.transpose(1, 2), offs=ends)
+    y = product(hidden, w2.transpose(1, 2), offs=ends)
+    back = torch.empty_like(y).index_copy(0, order, y)
+    return (back.view(*indices.shape, -1) * weights[..., None].to(x.dtype)).sum(1)
+
+
+class _Loop(torch.autograd.Function):
+    """A product an expert over the tokens that chose it. The gate value is folded into the hidden row, so that the
+    experts' outputs are never kept: its gradient is the product of that row with what comes back through w2."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor
+    ) -> Tensor:
+        order, counts = _sorted(indices, w1.shape[0])
+        token, sizes = order // indices.shape[1], counts.tolist()
+        rows, gate = x[token], weights.flatten()[order][:, None]
+        a, b = (x.new_empty(rows.shape[0], w1.shape[1]) for _ in range(2))
+        y = torch.zeros_like(x)
+        start = 0
+        for e, size in enumerate(sizes):
+            if size:
+                part = slice(start, start + size)
+                torch.mm(rows[part], w1[e].T, out=a[part])
+                torch.mm(rows[part], w3[e].T, out=b[part])
+                hidden = silu(a[part]).mul_(b[part]).mul_(gate[part])
+                y.index_add_(0, token[part], hidden @ w2[e].T)
+                start += size
+        ctx.save_for_backward(x, w1, w2, w3, order, gate, a, b)
+        ctx.sizes, ctx.shape = sizes, indices.shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, w1, w2, w3, order, gate, a, b = ctx.saved_tensors
+        token = order // ctx.shape[1]
+        rows, dy_rows = x[token], dy[token]
+        dx, d_gate = torch.zeros_like(x), torch.empty_like(gate)
+        dw1, dw2, dw3 = torch.zeros_like(w1), torch.zeros_like(w2), torch.zeros_like(w3)
+        start = 0
+        for e, size in enumerate(ctx.sizes):
+            if not size:
+                continue
+            part = slice(start, start + size)
+            sigmoid = a[part].sigmoid()
+            act = a[part] * sigmoid
+            hidden = act * b[part]
+            back = dy_rows[part] @ w2[e]
+            torch.sum(back * hidden, 1, keepdim=True, out=d_gate[part])
+            back.mul_(gate[part])
+            torch.mm(dy_rows[part].T, hidden.mul_(gate[part]), out=dw2[e])
+            db = back * act
+            da = back.mul_(b[part]).mul_(sigmoid + act * (1 - sigmoid))
+            torch.mm(da.T, rows[part], out=dw1[e])
+            torch.mm(db.T, rows[part], out=dw3[e])
+            dx.index_add_(0, token[part], torch.addmm(da @ w1[e], db, w3[e]))
+            start += size
+        d_weights = torch.empty_like(d_gate).index_copy_(0, order, d_gate).view(ctx.shape)
+        return dx, dw1, dw2, dw3, None, d_weights
+
+
+@torch.library.custom_op("abyssal::experts_loop", mutates_args=())
+def _loop(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return _Loop.apply(x, w1, w2, w3, indices, weights.to(x.dtype))
+
+
+@_loop.register_fake
+def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,37 @@
+"""y = x Wᵀ for a few rows or many."""
+
+import torch
+from torch import Tensor
+
+# Up to this many rows a CPU is limited by how fast it reads W, and one fused multiply-and-sum over W's rows
+# reads it faster than a matrix product does (docs/benchmarks.md).
+FEW_ROWS = 4
+
+
+def linear(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
+    """`x [..., in]`, `weight [out, in]` -> `[..., out]` in x's dtype.
+
+    Paths: "matmul", the library's product; "rowwise", a multiply-and-sum that only pays when compiled. None
+    chooses "rowwise" for up to FEW_ROWS rows in a graph being compiled for a CPU.
+    """
+    if path is None:
+        few = torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
+        path = "rowwise" if few else "matmul"
+    if path == "matmul":
+        return torch.nn.functional.linear(x, weight)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    flat = x.reshape(-1, x.shape[-1])
+    # Outputs outside, rows of x inside: each row of W is fetched once and met by every x.
+    y = (weight.to(wide)[:, None] * flat.to(wide)[None]).sum(-1)
+    return y.T.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def per_head(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
+    """A product a head: `x [T, H, in]`, `weight [H, out, in]` -> `[T, H, out]`. Paths as in `linear`."""
+    if path is None:
+        few = torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[0] <= FEW_ROWS
+        path = "rowwise" if few else "matmul"
+    if path == "matmul":
+        return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return (weight.to(wide)[None] * x.to(wide)[:, :, None]).sum(-1).to(x.dtype)
