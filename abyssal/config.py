@@ -219,9 +219,7 @@ def _check(c: ModelConfig) -> None:
     for key in ["qk_rope_head_dim", "first_k_dense_replace", "num_nextn_predict_layers", "initializer_range"]:
         need(getattr(c, key) >= 0, key, "0 or more")
     need(c.q_lora_rank is None or c.q_lora_rank > 0, "q_lora_rank", "a positive number or null")
-    need(
-        c.num_key_value_heads is None or c.num_key_value_heads > 0, "num_key_value_heads", "a positive number"
-    )
+    need(c.num_key_value_heads is None or c.num_key_value_heads > 0, "num_key_value_heads", "a positive number")
 
     if c.n_routed_experts is not None:
         experts, chosen = c.n_routed_experts, c.num_experts_per_tok

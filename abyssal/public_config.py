@@ -37,15 +37,8 @@ _FIXED: dict[str, Any] = {
 _ARCHITECTURES = {"deepseek_v3": "DeepseekV3ForCausalLM", "deepseek_v2": "DeepseekV2ForCausalLM"}
 
 _REQUIRED = [
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "qk_nope_head_dim",
-    "v_head_dim",
-    "kv_lora_rank",
-    "qk_rope_head_dim",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"),
 ]
 
 # Fields whose public spelling is not their own name.
@@ -123,7 +116,8 @@ def _rotary(public: dict[str, Any]) -> dict[str, Any]:
         if "factor" not in values:
             raise ConfigError(f"{key}.factor: missing")
         whole = "original_max_position_embeddings"
-        fields["rope_scaling"] = Yarn(**{k: int(v) if k == whole else float(v) for k, v in values.items()})
+        numbers: dict[str, Any] = {k: int(v) if k == whole else float(v) for k, v in values.items()}
+        fields["rope_scaling"] = Yarn(**numbers)
     elif kind != "default":
         raise ConfigError(
             f"{key}.{'rope_type' if 'rope_type' in settings else 'type'}: "
@@ -140,10 +134,7 @@ def _dense_layers(public: dict[str, Any]) -> Any:
     if kinds is None:
         return first
     dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
-    if (
-        kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense)
-        or len(kinds) != public["num_hidden_layers"]
-    ):
+    if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != public["num_hidden_layers"]:
         raise ConfigError("mlp_layer_types: expected 'dense' layers first and 'sparse' after, one a layer")
     if first is not None and first != dense and "mlp_layer_types" in public:
         raise ConfigError(f"mlp_layer_types: has {dense} dense layers, first_k_dense_replace says {first!r}")

@@ -16,15 +16,13 @@ from abyssal.model.packing import Packing
 def expert_counts(routing: Routing, live: Tensor | None = None) -> Tensor:
     """[E] int64: how many tokens picked each expert, of those where `live [T]` is true (None: all)."""
     experts = routing.scores.shape[-1]
-    one = (
-        torch.ones_like(routing.indices) if live is None else live[:, None].expand_as(routing.indices).long()
-    )
+    one = torch.ones_like(routing.indices) if live is None else live[:, None].expand_as(routing.indices).long()
     counts = torch.zeros(experts, dtype=torch.int64, device=routing.indices.device)
     return counts.scatter_add_(0, routing.indices.flatten(), one.flatten())
 
 
 def max_violation(counts: Tensor) -> Tensor:
-    """MaxVio (Wang et al. 2024): how far the busiest expert is above the mean, as a fraction of it. `[..., E]` -> `[...]`."""
+    """`[..., E]` -> `[...]`: MaxVio (Wang et al. 2024), how far the busiest expert is above the mean, in means."""
     mean = counts.double().mean(-1).clamp(min=1e-9)
     return counts.double().amax(-1) / mean - 1
 
@@ -46,9 +44,7 @@ class Balance:
     def observe(self, routings: Sequence[Routing], live: Sequence[Tensor | None] | None = None) -> None:
         """Adds one microbatch: a routing a gate, in the gates' order, and for each which tokens count."""
         if len(routings) != len(self.gates):
-            raise ValueError(
-                f"routings: expected one for each of {len(self.gates)} gates, got {len(routings)}"
-            )
+            raise ValueError(f"routings: expected one for each of {len(self.gates)} gates, got {len(routings)}")
         masks = live if live is not None else [None] * len(routings)
         for row, routing, mask in zip(self.counts, routings, masks, strict=True):
             row += expert_counts(routing, mask)
@@ -81,9 +77,7 @@ def sequence_balance_loss(routing: Routing, packing: Packing, live: Tensor | Non
     tokens = scores.new_zeros(S, 1).index_add(0, sequence, one).clamp(min=1)
     f = scores.new_zeros(S, E).index_add(0, sequence, picked) * (E / K) / tokens
     P = scores.new_zeros(S, E).index_add(0, sequence, share) / tokens
-    nonempty = (
-        scores.new_zeros(S).index_fill(0, sequence, 1.0) if live is None else (f.sum(-1) > 0).to(scores.dtype)
-    )
+    nonempty = scores.new_zeros(S).index_fill(0, sequence, 1.0) if live is None else (f.sum(-1) > 0).to(scores.dtype)
     return (f * P).sum() / nonempty.sum().clamp(min=1)
 
 

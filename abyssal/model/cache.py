@@ -48,9 +48,7 @@ class Cache:
     def bytes(self) -> int:
         return sum(t.nbytes for layer in self.layers for t in layer.values())
 
-    def contiguous_packing(
-        self, lengths: Sequence[int], before: Sequence[int], pages: Sequence[int]
-    ) -> Packing:
+    def contiguous_packing(self, lengths: Sequence[int], before: Sequence[int], pages: Sequence[int]) -> Packing:
         """The packing of a batch in which sequence s brings `lengths[s]` new tokens after the `before[s]` that
         already stand in its one page `pages[s]`. Raises ValueError if a page is too short."""
         for s, (new, old) in enumerate(zip(lengths, before, strict=True)):

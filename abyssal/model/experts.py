@@ -67,7 +67,7 @@ class Gate(Pinned):
 
 
 class Experts(Pinned):
-    """The routed experts' weights, stacked: w1, w3 `[E, F, D]`, w2 `[E, D, F]`; FP8 ones with scales a 128x128 block."""
+    """The routed experts' weights, stacked: w1, w3 `[E, F, D]`, w2 `[E, D, F]`; if FP8, a scale a 128x128 block."""
 
     w1_scale: Tensor | None
     w2_scale: Tensor | None
@@ -88,11 +88,11 @@ class Experts(Pinned):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """`[T, D]` -> `[T, D]`: the weighted sum of each token's experts."""
-        weights = [
+        w1, w2, w3 = (
             w if scale is None else dequantize(w, scale, x.dtype)
             for w, scale in ((self.w1, self.w1_scale), (self.w2, self.w2_scale), (self.w3, self.w3_scale))
-        ]
-        return experts(x, *weights, routing.indices, routing.weights)
+        )
+        return experts(x, w1, w2, w3, routing.indices, routing.weights)
 
 
 class MoE(nn.Module):
@@ -103,9 +103,7 @@ class MoE(nn.Module):
         self.gate = Gate(config)
         self.experts = Experts(config)
         shared = config.n_shared_experts or 0
-        self.shared_experts = (
-            MLP(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
-        )
+        self.shared_experts = MLP(config.hidden_size, shared * config.moe_intermediate_size) if shared else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`[T, D]` -> `[T, D]` and what the gate decided."""

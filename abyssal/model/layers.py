@@ -23,7 +23,7 @@ class Pinned(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before: dict[str, Any] = {name: getattr(self, name) for name in self.pinned()}
         kept = {name: t.data for name, t in before.items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, t in kept.items():
             moved = getattr(self, name)
             if moved.dtype != t.dtype:

@@ -23,9 +23,7 @@ class Packing:
     # With a cache:
     slots: Tensor | None = None  # [T] int64: the row of the cache that each token writes
     block_table: Tensor | None = None  # [S, P] int32: the pages of each sequence, in order
-    context_lens: Tensor | None = (
-        None  # [S] int32: tokens of each sequence that stand in the cache, with these
-    )
+    context_lens: Tensor | None = None  # [S] int32: tokens of each sequence that stand in the cache, with these
     page_size: int = 0  # rows a page
     fresh: bool = True  # no sequence has anything in the cache before this batch
 
@@ -41,9 +39,7 @@ class Packing:
                 f"(sum {sum(sizes)}): expected flat tokens [T] and lengths of 0 or more that sum to T"
             )
         cu_seqlens = cumulative(sizes)
-        positions = (
-            torch.cat([torch.arange(n) for n in sizes]) if sizes else torch.zeros(0, dtype=torch.int64)
-        )
+        positions = torch.cat([torch.arange(n) for n in sizes]) if sizes else torch.zeros(0, dtype=torch.int64)
         return Packing(cu_seqlens.to(tokens.device), positions.to(tokens.device), max(sizes, default=0))
 
     @property

@@ -55,9 +55,7 @@ class PredictionModule(nn.Module):
         return self.norm(x), routing
 
 
-def predict_further(
-    model: "Transformer", states: Tensor, tokens: Tensor, packing: Packing
-) -> list[Prediction]:
+def predict_further(model: "Transformer", states: Tensor, tokens: Tensor, packing: Packing) -> list[Prediction]:
     """The modules in sequence over whole sequences. A row that lacks its token ahead joins token 0; being causal,
     no row before it sees what comes of that."""
     angles = rotary(model.config, packing.positions)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
-            self.head.weight = self.embed.weight
+            self.head.weight = cast(nn.Parameter, self.embed.weight)
         self.mtp = nn.ModuleList(
             PredictionModule(config, Block(config, config.mtp_has_experts))
             for _ in range(config.num_nextn_predict_layers)
@@ -76,9 +76,7 @@ class Transformer(nn.Module):
         """
         return self.logits(self.hidden(tokens, Packing.of(lengths, tokens)).states)
 
-    def hidden(
-        self, tokens: Tensor, packing: Packing, cache: Cache | None = None, path: str | None = None
-    ) -> Hidden:
+    def hidden(self, tokens: Tensor, packing: Packing, cache: Cache | None = None, path: str | None = None) -> Hidden:
         """All but the head. With a cache, writes what the tokens leave behind and attends to what stands there."""
         x, angles = self.enter(tokens, packing), rotary(self.config, packing.positions)
         routings = []

@@ -5,6 +5,8 @@ key that all heads share (DeepSeek-V3, equations 7-10). The reference adds them.
 and one key, so the paths that call them must concatenate and copy, which is what a kernel of our own would save.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -42,7 +44,7 @@ def attention(
     elif path == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(q, k, v_wide, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0))
+        out = cast(Tensor, varlen_attn(q, k, v_wide, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0)))
     else:
         raise ValueError(f"path: expected 'reference', 'sdpa' or 'varlen', got {path!r}")
     return out[..., : v.shape[-1]]
@@ -91,16 +93,16 @@ def _joined(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) -> Tensor:
     lens_q, lens_k = cu_q.diff().tolist(), cu_k.diff().tolist()
     if lens_q and min(lens_q) == max(lens_q) > 0 and lens_q == lens_k:  # all alike: one call
-        rows = [t.unflatten(0, (len(lens_q), lens_q[0])).transpose(1, 2) for t in (q, k, v)]
-        out = scaled_dot_product_attention(*rows, is_causal=True, scale=scale)
+        q, k, v = (t.unflatten(0, (len(lens_q), lens_q[0])).transpose(1, 2) for t in (q, k, v))
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)
     outs = []
     for q_s, k_s, v_s in zip(q.split(lens_q), k.split(lens_k), v.split(lens_k)):
-        rows = [t.transpose(0, 1)[None] for t in (q_s, k_s, v_s)]
         t, l = q_s.shape[0], k_s.shape[0]
         if t == 0:
             continue
+        q_s, k_s, v_s = (x.transpose(0, 1)[None] for x in (q_s, k_s, v_s))
         mask = None if t in (1, l) else causal(t, l, q.device)
-        out = scaled_dot_product_attention(*rows, attn_mask=mask, is_causal=t == l > 1, scale=scale)
+        out = scaled_dot_product_attention(q_s, k_s, v_s, attn_mask=mask, is_causal=t == l > 1, scale=scale)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs) if outs else q.new_zeros(q.shape)

@@ -63,9 +63,7 @@ class _Loop(torch.autograd.Function):
     experts' outputs are never kept: its gradient is the product of that row with what comes back through w2."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         order, counts = _sorted(indices, w1.shape[0])
         token, sizes = order // indices.shape[1], counts.tolist()
         rows, gate = x[token], weights.flatten()[order][:, None]
@@ -85,7 +83,7 @@ class _Loop(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, w3, order, gate, a, b = ctx.saved_tensors
         token = order // ctx.shape[1]
         rows, dy_rows = x[token], dy[token]

@@ -1,17 +1,17 @@
 """Reading a paged cache into one packed row of tokens."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def cumulative(sizes: "list[int]") -> Tensor:
+def cumulative(sizes: Sequence[int]) -> Tensor:
     """[S+1] int32: the running sum of `sizes`, from 0."""
     return torch.tensor([0, *sizes], dtype=torch.int64).cumsum(0).to(torch.int32)
 
 
-def gather_pages(
-    rows: Tensor, block_table: Tensor, context_lens: Tensor, page_size: int
-) -> tuple[Tensor, Tensor, int]:
+def gather_pages(rows: Tensor, block_table: Tensor, context_lens: Tensor, page_size: int) -> tuple[Tensor, Tensor, int]:
     """Every sequence's rows of one layer's cache, packed: (`[L, W]`, cu_seqlens `[S+1]` int32, longest).
 
     `rows [pages * page_size, W]`, `block_table [S, P]`, `context_lens [S]`. The reference's way to see a cache:
