@@ -68,11 +68,15 @@ def _files(root: Path, library: bool) -> Iterator[tuple[Path, str]]:
                 relative.append((Path(folder) / name).relative_to(root))
     # Sorted by the parts of the path, so that the order is that of no particular file system or platform.
     for path in sorted(relative, key=lambda p: p.parts):
-        yield root / path, path.as_posix()
+        # A name that is not UTF-8 keeps its odd bytes as \\udcxx, so that every name can be hashed and written.
+        yield root / path, path.as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _read(file: Path, name: str, on_skip: Skip) -> Iterator[Document]:
     lower = name.lower()
+    if not file.is_file():  # opening a pipe would wait for ever
+        on_skip(name, "not a regular file")
+        return
     try:
         if lower.endswith(".parquet"):
             yield from _parquet(file, name, on_skip)

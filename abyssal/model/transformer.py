@@ -68,6 +68,7 @@ class Transformer(nn.Module):
             PredictionModule(config, Block(config, config.mtp_has_experts))
             for _ in range(config.num_nextn_predict_layers)
         )
+        self.stored: object = None  # what `abyssal.load` leaves here for `save`; nothing in model/ reads it
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | Tensor | Packing) -> Tensor:
         """`tokens [T]` int64, `lengths` of the packed sequences -> logits `[T, vocab]`, float32 or wider.
