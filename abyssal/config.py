@@ -216,6 +216,8 @@ def _check(c: ModelConfig) -> None:
     )
     for key in positive.split():
         need(getattr(c, key) > 0, key, "a positive number")
+    for key in ["rope_theta", "rms_norm_eps", "routed_scaling_factor", "initializer_range"]:
+        need(math.isfinite(getattr(c, key)), key, "a finite number")  # JSON as Python reads it has NaN and Infinity
     for key in ["qk_rope_head_dim", "first_k_dense_replace", "num_nextn_predict_layers", "initializer_range"]:
         need(getattr(c, key) >= 0, key, "0 or more")
     need(c.q_lora_rank is None or c.q_lora_rank > 0, "q_lora_rank", "a positive number or null")
@@ -252,5 +254,6 @@ def _check(c: ModelConfig) -> None:
     )
     if c.rope_scaling is not None:
         yarn = c.rope_scaling
-        if yarn.factor <= 0 or yarn.original_max_position_embeddings <= 0:
-            raise ConfigError(f"rope_scaling: expected a positive factor and original length, got {yarn}")
+        lengths = (yarn.factor, yarn.original_max_position_embeddings, yarn.beta_fast, yarn.beta_slow)
+        if min(lengths) <= 0:
+            raise ConfigError(f"rope_scaling: expected a positive factor, original length and betas, got {yarn}")

@@ -6,6 +6,7 @@ from, with what has changed since.
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from abyssal.config import FP8_BLOCK, ConfigError, ModelConfig, Yarn
@@ -111,7 +112,7 @@ def _rotary(public: dict[str, Any]) -> dict[str, Any]:
         values = {k: v for k, v in settings.items() if k in wanted and v is not None}
         values.setdefault("original_max_position_embeddings", public.get("max_position_embeddings"))
         for name, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ConfigError(f"{key}.{name}: expected a number, got {value!r}")
         if "factor" not in values:
             raise ConfigError(f"{key}.factor: missing")
@@ -133,6 +134,7 @@ def _dense_layers(public: dict[str, Any]) -> Any:
     first, kinds = public.get("first_k_dense_replace"), public.get("mlp_layer_types")
     if kinds is None:
         return first
+    kinds = kinds if isinstance(kinds, list) else []
     dense = kinds.index("sparse") if "sparse" in kinds else len(kinds)
     if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense) or len(kinds) != public["num_hidden_layers"]:
         raise ConfigError("mlp_layer_types: expected 'dense' layers first and 'sparse' after, one a layer")
@@ -146,8 +148,9 @@ def _is_fp8(public: dict[str, Any]) -> bool:
     if settings is None:
         return False
     block = [FP8_BLOCK, FP8_BLOCK]
-    fp8 = settings.get("quant_method") == "fp8" and settings.get("fmt", "e4m3") == "e4m3"
-    if not fp8 or list(settings.get("weight_block_size") or []) != block:
+    found = settings if isinstance(settings, dict) else {}
+    fp8 = found.get("quant_method") == "fp8" and found.get("fmt", "e4m3") == "e4m3"
+    if not fp8 or found.get("weight_block_size") != block:
         raise ConfigError(
             f"quantization_config: abyssal reads fp8 (e4m3) in blocks of 128x128 alone, got {json.dumps(settings)}"
         )
@@ -157,13 +160,16 @@ def _is_fp8(public: dict[str, Any]) -> bool:
 def write_public(config: ModelConfig) -> dict[str, Any]:
     """The JSON that `config` came from, each field that has changed since written over it."""
     public: dict[str, Any] = json.loads(config.source)
-    before = read_public(public) if public else {}
     now = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name != "source"}
     model_type = config.model_type if config.is_public else "abyssal"
     now["model_type"] = model_type
     if model_type != "abyssal":
         for key in ("attention", "position", "mtp_moe"):
             del now[key]
+            public.pop(key, None)
+    # A key that is left out means what the new type means by it.
+    before = read_public({**public, "model_type": model_type}) if public else {}
+    before["model_type"] = public.get("model_type")
 
     absent = object()
     defaults = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
@@ -182,7 +188,8 @@ def write_public(config: ModelConfig) -> dict[str, Any]:
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }  # fmt: skip
     if "first_k_dense_replace" in changed or "num_hidden_layers" in changed:
-        public.pop("mlp_layer_types", None)
+        if public.pop("mlp_layer_types", None) is not None:
+            changed["first_k_dense_replace"] = config.first_k_dense_replace
     if "num_nextn_predict_layers" in changed:
         public.pop("num_mtp_layers", None)
     public.update(changed)

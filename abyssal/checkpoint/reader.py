@@ -89,7 +89,9 @@ def _with_modules_found(stated: ModelConfig, headers: dict[str, Header]) -> Mode
         d += 1
     first = mtp_prefix(stated, 0)
     experts = (f"{first}.mlp.gate.", f"{first}.mlp.experts.")
-    moe = any(name.startswith(experts) for name in headers) if d else stated.mtp_moe
+    moe = stated.mtp_moe
+    if d and stated.n_routed_experts is not None:
+        moe = any(name.startswith(experts) for name in headers)
     return stated.replace(num_nextn_predict_layers=d, mtp_moe=moe)
 
 
@@ -126,7 +128,7 @@ def _check(
             problems.append(f"{where}: is FP8, and config.json has no quantization_config")
         if header.shape != shape:
             problems.append(f"{where}: expected {list(shape)}, got {list(header.shape)}")
-        return header.code == "F8_E4M3" and header.shape == shape
+        return fp8 and header.code == "F8_E4M3"
 
     for name, slot in slots.items():
         shape = tuple(slot.tensor.shape)

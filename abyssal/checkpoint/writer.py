@@ -52,27 +52,29 @@ def save(model: Transformer, path: str | Path, max_shard_bytes: int = _SHARD_BYT
     stamp = secrets.token_hex(8)
     names = _free_names(folder, len(shards), stamp)
     pending = pending_config(folder, stamp)
-    placed = [pending]
+    target = folder / (SINGLE if names == [SINGLE] else INDEX)
+    staged = _beside(target, stamp)
+    placed = [pending, staged]
     try:
         _write(pending, stamp, lambda file: file.write(config))
         _copy_companions(stored, folder, stamp)
-        for name, shard in zip(names, shards, strict=True):
-            if name != SINGLE:
+        if target.name == SINGLE:
+            _force(staged, lambda file: write_shard(file, shards[0], stamp))
+        else:
+            for name, shard in zip(names, shards, strict=True):
                 placed.append(folder / name)
                 _write(folder / name, stamp, lambda file, shard=shard: write_shard(file, shard, stamp))  # type: ignore[misc]
+            index = _index_json(names, shards, stamp)
+            _force(staged, lambda file: file.write(index))
         _sync(folder)
     except BaseException:  # a full disk, say: half a checkpoint would only be in the way
         for file in placed:
             file.unlink(missing_ok=True)
         raise
-    if names == [SINGLE]:
-        _write(folder / SINGLE, stamp, lambda file: write_shard(file, shards[0], stamp))
-    else:
-        index = _index_json(names, shards, stamp)
-        _write(folder / INDEX, stamp, lambda file: file.write(index))
+    os.replace(staged, target)
     _sync(folder)
     # From here the new weights are in place: what is left takes moments, and a kill leaves it to the next save.
-    (folder / (INDEX if names == [SINGLE] else SINGLE)).unlink(missing_ok=True)
+    (folder / (INDEX if target.name == SINGLE else SINGLE)).unlink(missing_ok=True)
     os.replace(pending, folder / CONFIG)
     _sync(folder)
     _clear(folder, before, names)
@@ -138,14 +140,23 @@ def _free_names(folder: Path, shards: int, stamp: str) -> list[str]:
     return names
 
 
+def _beside(target: Path, stamp: str) -> Path:
+    return target.with_name(f".{target.name}.{stamp}.tmp")
+
+
+def _force(file: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Writes the file and forces it to disk."""
+    with open(file, "wb") as opened:
+        fill(opened)
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
 def _write(target: Path, stamp: str, fill: Callable[[BinaryIO], object]) -> None:
-    """The whole file or none of it: written beside its place, forced to disk, then renamed."""
-    temporary = target.with_name(f".{target.name}.{stamp}.tmp")
+    """The whole file or none of it: written beside its place, then renamed."""
+    temporary = _beside(target, stamp)
     try:
-        with open(temporary, "wb") as file:
-            fill(file)
-            file.flush()
-            os.fsync(file.fileno())
+        _force(temporary, fill)
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -37,7 +37,7 @@ class Balance:
     def __init__(self, gates: Sequence[Gate]) -> None:
         self.gates = list(gates)
         device = self.gates[0].weight.device if self.gates else torch.device("cpu")
-        experts = self.gates[0].weight.shape[0] if self.gates else 0
+        experts = self.gates[0].weight.shape[0] if self.gates else 1
         self.counts = torch.zeros(len(self.gates), experts, dtype=torch.int64, device=device)
 
     @torch.no_grad()

@@ -1,7 +1,7 @@
 """Models whose every tensor differs, and checkpoints written without our writer."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,15 @@ from abyssal.config import ModelConfig
 from abyssal.model.layers import RMSNorm
 from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8 import quantize
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are only slowed by a second."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -82,7 +91,11 @@ def to_fp8() -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     def convert(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         out: dict[str, Tensor] = {}
         for name, t in tensors.items():
-            if name.endswith("_proj.weight") or "_proj_with_mqa" in name or name.endswith(("_a_proj", "_b_proj.weight")):
+            if (
+                name.endswith("_proj.weight")
+                or "_proj_with_mqa" in name
+                or name.endswith(("_a_proj", "_b_proj.weight"))
+            ):
                 out[name], out[name + "_scale_inv"] = quantize(t)
             else:
                 out[name] = t

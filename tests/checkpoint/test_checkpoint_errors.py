@@ -54,7 +54,7 @@ def test_unknown(refused):
         "model.safetensors: model.layers.0.mlp.surprise: unknown",
     )
     refused(lambda c, t: t.update({BIAS + "2": torch.zeros(2)}), BIAS + "2: unknown")
-    refused(lambda c, t: c.update(num_hidden_layers=2), "model.layers.3.", "unknown", "and ", " more")
+    refused(lambda c, t: c.update(num_hidden_layers=1), "model.layers.1.enorm.weight: missing", "and ", " more")
     refused(
         lambda c, t: t.update({"model.norm.weight_scale_inv": torch.zeros(1, 1)}),
         "model.norm.weight_scale_inv: unknown",
@@ -85,7 +85,9 @@ def test_integers(refused):
         lambda c, t: t.update({"lm_head.weight": torch.zeros(512, 64, dtype=torch.int8)}),
         "lm_head.weight: expected a float dtype, got I8",
     )
-    refused(lambda c, t: t.update({BIAS: t[BIAS].to(torch.float8_e5m2)}), BIAS + ": expected a float dtype, got F8_E5M2")
+    refused(
+        lambda c, t: t.update({BIAS: t[BIAS].to(torch.float8_e5m2)}), BIAS + ": expected a float dtype, got F8_E5M2"
+    )
 
 
 def quantised(to_fp8):
@@ -184,7 +186,7 @@ def test_no_weights_no_config_no_folder(saved, write, tmp_path):
     (folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"b/config\.json: missing"):
         load(folder)
-    for path in (tmp_path / "nowhere", "../../etc", folder / "model.safetensors", "a/b/c"):
+    for path in (tmp_path / "nowhere", "../../nowhere", folder / "model.safetensors", "a/b/c"):
         with pytest.raises(CheckpointError, match="expected a folder, or a hub id"):
             load(path)
 
@@ -268,6 +270,7 @@ def test_the_same_tensor_in_two_files(sharded, saved):
         load(folder)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules")
 def test_arguments(make, tmp_path):
     make().save(tmp_path)
     for dtype in (torch.int8, torch.float8_e4m3fn):
@@ -275,6 +278,6 @@ def test_arguments(make, tmp_path):
             load(tmp_path, dtype)
     with pytest.raises(ValueError, match="max_shard_bytes: expected a positive number"):
         save(make(), tmp_path, max_shard_bytes=0)
-    with pytest.raises(CheckpointError, match="expected a floating dtype, got torch.complex64"):
+    with pytest.raises(CheckpointError, match=r"expected a floating dtype, got torch\.complex64"):
         save(make(dtype=torch.complex64), tmp_path / "c")
-    assert not [f for f in (tmp_path / "c").iterdir()]
+    assert not list((tmp_path / "c").iterdir())

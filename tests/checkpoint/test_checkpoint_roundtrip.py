@@ -15,7 +15,7 @@ V2 = ModelConfig.from_dict(
     {**TINY.to_dict(), "model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "group_limited_greedy",
      "q_lora_rank": None, "norm_topk_prob": False, "num_nextn_predict_layers": 0}
 )  # fmt: skip
-LADDER = TINY.replace(attention="gqa", position="rope", qk_rope_head_dim=0, num_key_value_heads=2)
+LADDER = TINY.replace(model_type="abyssal", attention="gqa", position="rope", qk_rope_head_dim=0, num_key_value_heads=2)
 TOKENS, LENGTHS = torch.arange(3, 27), [7, 17]
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
@@ -39,9 +39,9 @@ def config_of(folder: Path) -> dict:
         TINY.replace(rope_scaling=Yarn(4.0, 128, mscale=1.0, mscale_all_dim=1.0)),
         V2,
         LADDER,
-        TINY.replace(position="rope", qk_rope_head_dim=0),
+        TINY.replace(model_type="abyssal", position="rope", qk_rope_head_dim=0),
     ],
-    ids="moe-mtp dense-mtp two-mtp no-mtp plain tied dense yarn v2 gqa coupled".split(),
+    ids=["moe-mtp", "dense-mtp", "two-mtp", "no-mtp", "plain", "tied", "dense", "yarn", "v2", "gqa", "coupled"],
 )
 def test_load_then_save_is_bit_for_bit(make, tensors_of, same_bits, tmp_path, config, dtype):
     model = make(config, dtype=dtype)
@@ -240,7 +240,9 @@ def test_constants_of_old_checkpoints_are_carried(make, tensors_of, same_bits, w
 
 # ---- FP8 ----------------------------------------------------------------------------------------------------
 
-WIDE = TINY.replace(hidden_size=200, intermediate_size=300, moe_intermediate_size=136, kv_lora_rank=130, q_lora_rank=128)
+WIDE = TINY.replace(
+    hidden_size=200, intermediate_size=300, moe_intermediate_size=136, kv_lora_rank=130, q_lora_rank=128
+)
 
 
 @pytest.fixture
@@ -310,7 +312,13 @@ def test_dequantised_is_saved_without_quantization_config_and_says_so(fp8_folder
 def test_companions_are_copied_but_never_code_or_pickles(make, tmp_path):
     a, b = tmp_path / "a", tmp_path / "b"
     make().save(a)
-    kept = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "tiktoken.model"}
+    kept = {
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "tiktoken.model",
+    }
     for name in [*kept, "modeling_deepseek.py", "training_args.bin", "x.pkl", ".hidden.json", "rng.pth"]:
         (a / name).write_bytes(b"\x00\xff" + name.encode())
     load(a).save(b)

@@ -1,0 +1,85 @@
+"""How well held-out text is predicted, in nats a token and in bits a byte."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abyssal.data import Batch, Split, Tokenizer, TokenSet, validation_batches
+from abyssal.model.balance import expert_counts
+from abyssal.model.transformer import Transformer
+from abyssal.ops.cross_entropy import linear_cross_entropy
+from abyssal.train.loss import Microbatch
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Over all predicted tokens: every one but the first of a sequence."""
+
+    loss: float  # nats a token
+    bits_per_byte: float  # of the UTF-8 text that the predicted tokens stand for
+    tokens: int
+    bytes: int
+    expert_load: list[list[float]]  # a layer with experts: each expert's load, in mean loads
+
+    def to_dict(self) -> dict[str, Any]:
+        load = [[round(x, 3) for x in layer] for layer in self.expert_load]
+        return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens, "bytes": self.bytes,
+                "expert_load": load}  # fmt: skip
+
+
+class Validator:
+    """The same held-out tokens every time: the first `most` of the split, whose bytes are known."""
+
+    def __init__(self, token_set: TokenSet, most: int, batch_tokens: int, sequence: int) -> None:
+        self.batches = _first(token_set.split("validation"), most, batch_tokens, sequence)
+        self._bytes_of = _bytes_of(Tokenizer.load(token_set.tokenizer), token_set)
+
+    @torch.no_grad()
+    def measure(self, model: Transformer, device: torch.device) -> Validation:
+        """A pass over the tokens. Losses are summed in float64."""
+        nats = torch.zeros((), dtype=torch.float64, device=device)
+        tokens = size = 0
+        counts: list[Tensor] = []
+        for batch in self.batches:
+            micro = Microbatch.of(batch, 0)
+            inside = micro.weights[0] > 0
+            tokens += int(inside.sum())
+            size += int(self._bytes_of[micro.targets[0][inside]].sum())
+            there = micro.to(device)
+            states, routings = model.hidden(there.tokens, there.packing)
+            head = model.head.weight.detach()
+            nats += linear_cross_entropy(states, head, there.targets[0], there.weights[0])
+            seen = [expert_counts(routing) for routing in routings]
+            counts = [a + b for a, b in zip(counts, seen)] if counts else seen
+        load = [(c / c.double().mean()).tolist() for c in counts]
+        total = float(nats)
+        return Validation(total / max(tokens, 1), total / math.log(2) / max(size, 1), tokens, size, load)
+
+
+def _first(split: Split, most: int, batch_tokens: int, sequence: int) -> list[Batch]:
+    batches = []
+    left = most
+    for batch in validation_batches(split, min(batch_tokens, most), sequence):
+        if left < len(batch.tokens):
+            break
+        batches.append(batch)
+        left -= len(batch.tokens)
+    return batches
+
+
+def _bytes_of(tokenizer: Tokenizer, token_set: TokenSet) -> Tensor:
+    """[vocab] int64: the bytes of text that each token stands for; the tokens that begin and end a text stand for
+    none."""
+    sizes = torch.zeros(token_set.vocab_size, dtype=torch.int64)
+    for token in range(token_set.vocab_size):
+        try:
+            sizes[token] = len(tokenizer.token_bytes(token))
+        except ValueError:  # an id that the tokenizer lacks
+            continue
+    for token in (tokenizer.bos_id, tokenizer.eos_id):
+        if token is not None:
+            sizes[token] = 0
+    return sizes

@@ -1,0 +1,43 @@
+"""Recomputation and compilation of blocks, applied from outside: `model/` knows of neither."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from abyssal.model.transformer import Transformer
+from abyssal.train.config import TrainConfig
+
+
+def wrap_blocks(model: Transformer, config: TrainConfig) -> None:
+    """Lets each block run as the configuration says: compiled, and forgetting its activations until they are needed.
+
+    Nothing in a block is random, so recomputation need not restore the random state.
+    """
+    for block in _blocks(model):
+        forward: Any = block.forward
+        if config.compile:
+            forward = torch.compile(forward)
+        if config.recompute == "block":
+            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        if forward != block.forward:
+            block.__dict__["forward"] = forward
+
+
+@contextmanager
+def unwrapped(model: Transformer) -> Iterator[None]:
+    """The blocks as `model/` made them, for as long as this lasts."""
+    wrapped = {block: block.__dict__.pop("forward") for block in _blocks(model) if "forward" in block.__dict__}
+    try:
+        yield
+    finally:
+        for block, forward in wrapped.items():
+            block.__dict__["forward"] = forward
+
+
+def _blocks(model: Transformer) -> list[nn.Module]:
+    return [*model.layers, *(module.block for module in model.mtp)]
