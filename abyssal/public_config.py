@@ -50,7 +50,7 @@ _FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} - {"source"}
 def read_public(public: dict[str, Any]) -> dict[str, Any]:
     """ModelConfig's fields from a public configuration. Raises ConfigError naming the key."""
     model_type = public.get("model_type")
-    if model_type not in _DEFAULTS:
+    if not isinstance(model_type, str) or model_type not in _DEFAULTS:
         raise ConfigError(f"model_type: expected one of {', '.join(_DEFAULTS)}, got {model_type!r}")
     for key, value in _FIXED.items():
         if public.get(key) is not None and public[key] != value:
@@ -164,9 +164,11 @@ def write_public(config: ModelConfig) -> dict[str, Any]:
     model_type = config.model_type if config.is_public else "abyssal"
     now["model_type"] = model_type
     if model_type != "abyssal":
-        for key in ("attention", "position", "mtp_moe"):
+        for key in ("attention", "position"):
             del now[key]
             public.pop(key, None)
+        if "mtp_moe" not in public:
+            del now["mtp_moe"]
     # A key that is left out means what the new type means by it.
     before = read_public({**public, "model_type": model_type}) if public else {}
     before["model_type"] = public.get("model_type")
@@ -180,16 +182,17 @@ def write_public(config: ModelConfig) -> dict[str, Any]:
     for name in ("rope_theta", "rope_scaling"):
         if name in changed:
             _write_rotary(public, name, changed.pop(name))
-    if not changed.pop("fp8", config.fp8):
+    fp8 = changed.pop("fp8", None)
+    if fp8 is False:
         public.pop("quantization_config", None)
-    elif config.fp8 and "quantization_config" not in public:
+    elif fp8:
         public["quantization_config"] = {
             "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         }  # fmt: skip
-    if "first_k_dense_replace" in changed or "num_hidden_layers" in changed:
-        if public.pop("mlp_layer_types", None) is not None:
-            changed["first_k_dense_replace"] = config.first_k_dense_replace
+    resized = "first_k_dense_replace" in changed or "num_hidden_layers" in changed
+    if resized and public.pop("mlp_layer_types", None) is not None:
+        changed["first_k_dense_replace"] = config.first_k_dense_replace
     if "num_nextn_predict_layers" in changed:
         public.pop("num_mtp_layers", None)
     public.update(changed)

@@ -6,7 +6,7 @@ alone: a pickle can run code.
 """
 
 from abyssal.checkpoint.errors import CheckpointError
-from abyssal.checkpoint.reader import load
+from abyssal.checkpoint.reader import load, local_folder
 from abyssal.checkpoint.writer import save
 
-__all__ = ["CheckpointError", "load", "save"]
+__all__ = ["CheckpointError", "load", "local_folder", "save"]

@@ -47,7 +47,7 @@ def load(
     """
     if dtype is not None and dtype not in _ASKABLE:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, _ASKABLE))}, got {dtype}")
-    folder = _local(path)
+    folder = local_folder(path)
     found = find(folder)
     stated = ModelConfig.load(found.config)
     config = _with_modules_found(stated, found.headers)
@@ -63,7 +63,9 @@ def load(
     return model
 
 
-def _local(path: str | Path) -> Path:
+def local_folder(path: str | Path) -> Path:
+    """`path` itself if it is a folder, else where the hub's files of "owner/name" were fetched to: weights,
+    configuration and tokenizer alone. Raises CheckpointError if it is neither."""
     folder = Path(path)
     if folder.is_dir():
         return folder
@@ -193,7 +195,7 @@ def _materialise(
             blocks = (*shape[:-2], *scale_shape(shape[-2], shape[-1]))
             slot.scale.place(torch.empty(blocks, dtype=torch.float32, device=device))
     if model.config.tie_word_embeddings:
-        model.head.weight = model.embed.weight  # type: ignore[assignment]
+        model.head.weight = model.embed.weight
 
 
 @torch.no_grad()

@@ -56,7 +56,8 @@ class Tokenizer:
     """Text to ids and back, exactly: `decode(encode(text)) == text` for every text that UTF-8 can hold.
 
     `vocab_size` is the highest id + 1 (a model's vocabulary may be wider: DeepSeek-V3's is 129,280 with 128,815
-    ids). `bos_id` and `eos_id` are None where `tokenizer_config.json` names none. `fingerprint` changes with any
+    ids). `bos_id` and `eos_id` are None where `tokenizer_config.json` names none; `adds_bos` says whether its model wants
+    the first before a prompt, which `encode` leaves to its caller. `fingerprint` changes with any
     byte of the files. Encoding may be called from several threads.
     """
 
@@ -94,6 +95,7 @@ class Tokenizer:
         self._named: dict[str, str] = {key: text for key, text in named.items() if isinstance(text, str)}
         self.bos_id = self._id_of("bos_token")
         self.eos_id = self._id_of("eos_token")
+        self.adds_bos = self.bos_id is not None and config.get("add_bos_token") is True
         self.chat_template = self._find_chat_template(config)
 
     @classmethod

@@ -48,7 +48,13 @@ class Cache:
     def bytes(self) -> int:
         return sum(t.nbytes for layer in self.layers for t in layer.values())
 
-    def contiguous_packing(self, lengths: Sequence[int], before: Sequence[int], pages: Sequence[int]) -> Packing:
+    def contiguous_packing(
+        self,
+        lengths: Sequence[int],
+        before: Sequence[int],
+        pages: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> Packing:
         """The packing of a batch in which sequence s brings `lengths[s]` new tokens after the `before[s]` that
         already stand in its one page `pages[s]`. Raises ValueError if a page is too short."""
         for s, (new, old) in enumerate(zip(lengths, before, strict=True)):
@@ -58,12 +64,12 @@ class Cache:
         slots = [place + page * self.page_size for place, page in zip(positions, pages, strict=True)]
         none = torch.zeros(0, dtype=torch.int64)
         return Packing(
-            cu_seqlens=cumulative(lengths),
-            positions=torch.cat(positions) if positions else none,
+            cu_seqlens=cumulative(lengths).to(device),
+            positions=(torch.cat(positions) if positions else none).to(device),
             max_len=max(lengths, default=0),
-            slots=torch.cat(slots) if slots else none,
-            block_table=torch.tensor(list(pages), dtype=torch.int32).view(-1, 1),
-            context_lens=torch.tensor([n + o for n, o in zip(lengths, before)], dtype=torch.int32),
+            slots=(torch.cat(slots) if slots else none).to(device),
+            block_table=torch.tensor(list(pages), dtype=torch.int32, device=device).view(-1, 1),
+            context_lens=torch.tensor([n + o for n, o in zip(lengths, before)], dtype=torch.int32, device=device),
             page_size=self.page_size,
             fresh=not any(before),
         )

@@ -58,7 +58,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         dense = config.first_k_dense_replace if config.has_experts else config.num_hidden_layers
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn at random, only to be overwritten.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, l >= dense) for l in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size)

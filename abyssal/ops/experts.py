@@ -22,7 +22,8 @@ def experts(
     grouped products; no host synchronisation on a GPU). None chooses.
     """
     if path is None:
-        path = "loop" if x.device.type == "cpu" else "grouped" if x.dtype == torch.bfloat16 else "reference"
+        grouped = x.dtype == torch.bfloat16 and not any(width % 8 for width in w1.shape[1:])  # rows of 16 bytes
+        path = "loop" if x.device.type == "cpu" else "grouped" if grouped else "reference"
         if path == "loop" and torch.compiler.is_compiling():
             path = "rowwise" if indices.numel() <= FEW_CHOICES else "opaque loop"
     if path == "reference":
@@ -56,7 +57,7 @@ def _rowwise(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, wei
     hidden = silu((w1[expert].to(wide) * rows).sum(-1)) * (w3[expert].to(wide) * rows).sum(-1) * gate
     hidden = hidden.to(x.dtype).to(wide)
     y = (w2[expert].to(wide) * hidden[:, None]).sum(-1)
-    return y[order.argsort()].view(*indices.shape, -1).sum(1).to(x.dtype)
+    return y[order.argsort()].unflatten(0, indices.shape).sum(1).to(x.dtype)
 
 
 def _sorted(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +77,7 @@ def _grouped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, wei
     hidden = silu(product(rows, w1.transpose(1, 2), offs=ends)) * product(rows, w3.transpose(1, 2), offs=ends)
     y = product(hidden, w2.transpose(1, 2), offs=ends)
     back = torch.empty_like(y).index_copy(0, order, y)
-    return (back.view(*indices.shape, -1) * weights[..., None].to(x.dtype)).sum(1)
+    return (back.unflatten(0, indices.shape) * weights[..., None].to(x.dtype)).sum(1)
 
 
 class _Loop(torch.autograd.Function):

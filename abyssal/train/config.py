@@ -7,7 +7,7 @@ import tomllib
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -85,6 +85,8 @@ class TrainConfig(BaseModel):
         Raises FileNotFoundError if there is no such file, ConfigError naming the key otherwise.
         """
         settings = _read_file(file)
+        if Path(file).is_dir():
+            settings["out"] = str(file)  # the folder may have been moved
         inner = settings.get("model_overrides")
         changed: dict[str, Any] = dict(inner) if isinstance(inner, dict) else {}
         for text in overrides:
@@ -123,11 +125,11 @@ class TrainConfig(BaseModel):
     def model_settings(self) -> ModelConfig:
         """The model's configuration, overrides applied. Raises ConfigError naming the key."""
         types = {f.name: f.type for f in dataclasses.fields(ModelConfig)}
-        changes = {}
+        changes: dict[str, Any] = {}
         for key, value in self.model_overrides.items():
             try:
                 nested = isinstance(value, dict)  # YaRN's settings, a dataclass
-                changes[key] = TypeAdapter(types[key]).validate_python(value, strict=not nested)
+                changes[key] = TypeAdapter(cast(type, types[key])).validate_python(value, strict=not nested)
             except ValidationError as error:
                 raise ConfigError(f"model.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
         try:

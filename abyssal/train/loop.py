@@ -81,7 +81,8 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
         highlight=False,
     )
     interrupted = _run(trainer, console)
-    last = (read_metrics(out / METRICS) or [None])[-1]
+    records = read_metrics(out / METRICS)
+    last = records[-1] if records else None
     if interrupted is not None:
         console.print(f"stopped by {interrupted.name} after step {trainer.done} of {config.steps}; go on with: "
                       f"{_again(config)}", highlight=False, soft_wrap=True)  # fmt: skip
@@ -90,7 +91,7 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
     with unwrapped(trainer.model):
         trainer.model.save(out / MODEL)
     Tokenizer.load(token_set.tokenizer).save(out / MODEL)
-    draw_curves(read_metrics(out / METRICS), out / CURVES, f"{config.model}: {count / 1e6:.1f}M parameters")
+    draw_curves(records, out / CURVES, f"{config.model}: {count / 1e6:.1f}M parameters")
     for name, path in (("model", MODEL), ("metrics", METRICS), ("curves", CURVES)):
         console.print(f"{name + ':':9}{out / path}", highlight=False, soft_wrap=True)
     return RunResult(out, trainer.done, trainer.seconds, out / MODEL, out / METRICS, out / CURVES, last, None)

@@ -6,7 +6,6 @@ all of them at once in execution.
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,9 +43,8 @@ class StackedMuon(torch.optim.Optimizer):
                     raise ValueError(f"expected stacks of matrices [E, M, N], got a parameter {list(p.shape)}")
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
-        """One update; `closure` is not supported and must be None."""
-        assert closure is None
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update from the gradients that are there."""
         for group in self.param_groups:
             lr, momentum = group["lr"], group["momentum"]
             for p in group["params"]:

@@ -90,7 +90,7 @@ class Optimizer:
         self.drop_gradients()
         if self.masters is not self.params:
             with torch.no_grad():
-                torch._foreach_copy_(self.params, self.masters)
+                torch._foreach_copy_([*self.params], [*self.masters])
 
     def drop_gradients(self) -> None:
         """Forgets the gradients, the masters' and the model's."""

@@ -2,17 +2,18 @@
 
 import math
 import platform
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from abyssal.config import ConfigError, ModelConfig
-from abyssal.data import Batches, TokenSet
+from abyssal.data import Batch, Batches, TokenSet
 from abyssal.model.balance import Balance
 from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
@@ -76,8 +77,11 @@ class Trainer:
     def stream(self) -> Iterator[Iterator[list[Microbatch]]]:
         """The microbatches of step `done + 1` and of all that follow, read ahead, on the CPU."""
         size, modules = self.config.accumulate, len(self.model.mtp)
-        with closing(self._batches.from_step(self.done * size)) as batches:  # type: ignore[type-var]
-            yield ([Microbatch.of(next(batches), modules) for _ in range(size)] for _ in iter(int, 1))
+        batches = self._batches.from_step(self.done * size)
+        try:
+            yield ([Microbatch.of(next(batches), modules) for _ in range(size)] for _ in count())
+        finally:
+            cast(Generator[Batch], batches).close()  # ends its thread
 
     def step(self, microbatches: Sequence[Microbatch]) -> Step:
         """Takes one optimizer step. Raises NotFinite, and changes nothing, if a loss or the gradient is not finite."""
@@ -88,7 +92,7 @@ class Trainer:
         parts = []
         for micro in micros:
             loss = losses(self.model, micro, totals, self.config, weight)
-            loss.total.backward()  # type: ignore[no-untyped-call]
+            loss.total.backward()
             self.optimizer.collect()
             if self.balance.gates:
                 self.balance.observe(loss.routings, loss.live)
@@ -124,7 +128,7 @@ class Trainer:
                 if before.get(key) != after.get(key) and not (group == "config" and key in FREE):
                     raise ConfigError(
                         f"{prefix}{key}: was {before.get(key)!r} and is {after.get(key)!r}; a run is resumed with "
-                        f"the settings it began with, but for {', '.join(sorted(FREE - {'model_overrides'}))}"
+                        f"the settings it began with; only log_every, save_every, keep_states and paths may change"
                     )
         load_state(folder, self.model, self.optimizer)
         self.done, self.seconds = then["step"], then["seconds"]

@@ -79,7 +79,7 @@ def _bytes_of(tokenizer: Tokenizer, token_set: TokenSet) -> Tensor:
             sizes[token] = len(tokenizer.token_bytes(token))
         except ValueError:  # an id that the tokenizer lacks
             continue
-    for token in (tokenizer.bos_id, tokenizer.eos_id):
-        if token is not None:
-            sizes[token] = 0
+    for edge in (tokenizer.bos_id, tokenizer.eos_id):
+        if edge is not None:
+            sizes[edge] = 0
     return sizes

@@ -19,7 +19,7 @@ from abyssal.config import ModelConfig
 TINY = ModelConfig.load("tiny").replace(num_hidden_layers=2, n_routed_experts=4, n_group=1, topk_group=1)
 OTHER = TINY.replace(routed_scaling_factor=1.5, num_nextn_predict_layers=0)  # both have the same main model's shapes
 
-ONE, MANY = 1 << 40, 60_000
+ONE, MANY = 1 << 40, 300_000
 
 
 class Killed(BaseException):
@@ -123,10 +123,13 @@ def test_killed_at_any_step(make, dies, tmp_path, before, new_most, old_first):
         # The next save finds its way whatever was left, and leaves nothing of it.
         save(models["new"], folder, new_most)
         assert which(folder, models) == "new"
+        # A shard that their index forgot stays if we died between the new weights and its removal: unread, and said.
+        forgotten = folder / "mtp.safetensors"
         with warnings.catch_warnings():
-            warnings.simplefilter("error")
+            warnings.simplefilter("ignore" if forgotten.exists() else "error")
             load(folder)
-        names = {f.name for f in folder.iterdir()} - {"config.json", "optimizer.pt"}
+        names = {f.name for f in folder.iterdir()} - {"config.json", "optimizer.pt", forgotten.name}
+        assert killed or not forgotten.exists()
         assert bystander.read_bytes() == b"mine"
         if new_most == ONE:
             assert names == {"model.safetensors"}
@@ -162,7 +165,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(make, tmp_path, 
         before = sorted(f.name for f in tmp_path.iterdir())
         calls = 0
 
-        def full(file, tensors, stamp, real=writer.write_shard, limit=0 if most == ONE else 3):
+        def full(file, tensors, stamp, real=writer.write_shard, limit=0 if most == ONE else 1):
             nonlocal calls
             calls += 1
             if calls > limit:

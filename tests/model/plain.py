@@ -60,7 +60,7 @@ def mlp(ffn, x):
 
 def route(gate, x, c):
     """V3's equations 13-16: the experts picked, and their gate values."""
-    scores = [1 / (1 + math.exp(-float(logit))) for logit in gate.weight @ x]
+    scores = [1 / (1 + math.exp(-logit)) for logit in (gate.weight @ x).tolist()]
     biased = [s + float(b) for s, b in zip(scores, gate.bias)]
     size = len(scores) // c.n_group
     groups = [range(g * size, (g + 1) * size) for g in range(c.n_group)]

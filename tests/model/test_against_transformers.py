@@ -90,7 +90,7 @@ def test_both_spellings_of_the_configuration_are_read_alike(pair) -> None:
 
 
 def test_logits_agree(pair) -> None:
-    public, theirs, ours, _ = pair
+    _, theirs, ours, _ = pair
     first = torch.randint(0, 97, (70,), generator=torch.Generator().manual_seed(1))
     second = torch.randint(0, 97, (33,), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():

@@ -100,9 +100,7 @@ def check_everything(config: ModelConfig, lengths: list[int], data: st.DataObjec
             first = next(s for s in range(S) if before[s] < lengths[s])
             chunk[first] = 1
         rows = data.draw(st.permutations(range(S)), label="order in the batch")
-        packing = paged_packing(
-            [chunk[s] for s in rows], [before[s] for s in rows], [tables[s] for s in rows], size
-        )
+        packing = paged_packing([chunk[s] for s in rows], [before[s] for s in rows], [tables[s] for s in rows], size)
         batch = torch.cat([documents[s][before[s] : before[s] + chunk[s]] for s in rows])
         path = data.draw(st.sampled_from(paths(config)), label="path")
         states = model.hidden(batch, packing, cache, path).states.split([chunk[s] for s in rows])
@@ -126,13 +124,13 @@ def check_everything(config: ModelConfig, lengths: list[int], data: st.DataObjec
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
 
 
-@settings(max_examples=60, derandomize=True, **COMMON)
+@settings(max_examples=200, derandomize=True, **COMMON)
 @given(configs(), LENGTHS, st.data())
 def test_every_way_through_the_ladder_is_the_same(config: ModelConfig, lengths: list[int], data) -> None:
     check_everything(config, lengths, data)
 
 
-@settings(max_examples=60, derandomize=True, **COMMON)
+@settings(max_examples=200, derandomize=True, **COMMON)
 @given(configs(rungs=[("mla", "decoupled")]), LENGTHS, st.data())
 def test_every_way_through_latent_attention_is_the_same(config: ModelConfig, lengths: list[int], data) -> None:
     check_everything(config, lengths, data)

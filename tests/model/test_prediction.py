@@ -24,7 +24,7 @@ def test_modules_in_sequence_are_equations_21_to_23(depths: int) -> None:
     """Three documents, one of them shorter than the modules reach: live rows are exactly the equations' 1 .. T-k."""
     model = tiny_model(num_nextn_predict_layers=depths, rms_norm_eps=1e-5)
     documents = [random_tokens(n, seed=n).tolist() for n in (7, 2, 5)]
-    tokens = torch.tensor(sum(documents, []))
+    tokens = torch.tensor([token for document in documents for token in document])
     packing = Packing.of([7, 2, 5], tokens)
     with torch.no_grad():
         states = model.hidden(tokens, packing).states
@@ -43,7 +43,7 @@ def test_loss_is_equations_24_and_25_over_documents() -> None:
     """Targets d+1 further on, averaged over those there are."""
     model = tiny_model(num_nextn_predict_layers=2)
     documents = [random_tokens(n, seed=n).tolist() for n in (6, 1, 3)]
-    tokens = torch.tensor(sum(documents, []))
+    tokens = torch.tensor([token for document in documents for token in document])
     packing = Packing.of([6, 1, 3], tokens)
     logits = model.predict(tokens, packing)
     for k in (1, 2):

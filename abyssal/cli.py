@@ -1,0 +1,255 @@
+"""`abyssal VERB`: one verb a stage. What a verb does lives in its own room; here are its words."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from abyssal.engine import LLM, Piece, Sampling, Totals
+
+app = typer.Typer(
+    help="DeepSeek-V3, whole: inspect, train, generate, chat.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="A checkpoint's folder, a run's folder, or a hub id.", metavar="MODEL")]
+MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Only the likeliest tokens that together reach p.")]
+MinP = Annotated[float, typer.Option(help="Only tokens of at least this share of the likeliest's probability.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed, the same text.")]
+Speculation = Annotated[bool, typer.Option(help="Draft with the MTP modules, where the model has them.")]
+Drafts = Annotated[int | None, typer.Option(help="Tokens to draft a step. [default: one a module]")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float64. [default: as stored]")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")]
+Compile = Annotated[
+    bool | None,
+    typer.Option("--compile/--no-compile", help="Compile the decoding step. [default: where it pays]"),
+]
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="A preset's name, or a folder with a config.json.")],
+    context: Annotated[int, typer.Option(help="Tokens of context that FLOPs are counted at.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Parameters, FLOPs, weight bytes and cache bytes of a model, allocating nothing."""
+    from abyssal.config import ModelConfig
+    from abyssal.costs import inspect
+
+    costs = inspect(ModelConfig.load(_model_folder(model)), context)
+    if as_json:
+        print(json.dumps(costs.to_dict(), indent=2))
+    else:
+        Console().print(costs.render())
+
+
+@app.command()
+def train(
+    run: Annotated[str, typer.Argument(help="A packaged run (small, tiny), a TOML or JSON file, or a run's folder.")],
+    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE or model.KEY=VALUE, as many as wanted.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest state.")] = False,
+) -> None:
+    """Train a model, with progress, states to resume from, metrics and a picture at the end."""
+    from abyssal.train import TrainConfig
+    from abyssal.train import train as run_training
+
+    result = run_training(TrainConfig.read(run, settings or ()), resume=resume)
+    if result.interrupted is not None:
+        raise typer.Exit(128 + result.interrupted)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to go on from; give several for a batch.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line instead.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens seen before are less likely.")] = 1.0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text at which to stop; may be given several times.")] = None,
+    seed: Seed = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past the end of text.")] = False,
+    speculation: Speculation = True,
+    drafts: Drafts = None,
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 8,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    compiled: Compile = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, one object a prompt, instead of text.")] = False,
+) -> None:
+    """Go on from prompts, with MTP speculation where the model has the layer, and say what it cost."""
+    from abyssal.engine import Sampling
+
+    if prompt_file is not None:
+        prompts = [line for line in prompt_file.read_text().splitlines() if line]
+    else:
+        prompts = prompt or []
+    if not prompts:
+        raise ValueError("prompt: expected --prompt TEXT or --prompt-file FILE")
+    sampling = Sampling(
+        max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=seed,
+        repetition_penalty=repetition_penalty, stop=tuple(stop or ()), ignore_eos=ignore_eos,
+    )  # fmt: skip
+    llm = _llm(model, dtype, device, batch, speculation, drafts, compiled, quiet=as_json)
+    pieces = llm.stream(prompts, sampling)
+    if as_json:
+        outputs = sorted((p for p in pieces if p.output is not None), key=lambda p: p.index)
+        for piece in outputs:
+            print(json.dumps(_report(piece, llm.totals), ensure_ascii=False))
+        return
+    if len(prompts) == 1:
+        sys.stdout.write(prompts[0])
+        _show(pieces)
+    else:
+        for piece in sorted((p for p in pieces if p.output is not None), key=lambda p: p.index):
+            assert piece.output is not None
+            print(f"--- {piece.index}: {prompts[piece.index]}{piece.output.text}")
+    Console(stderr=True).print(_costs(llm.totals))
+
+
+@app.command()
+def chat(
+    model: Model,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.6,
+    top_p: TopP = 0.95,
+    seed: Seed = None,
+    speculation: Speculation = True,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    compiled: Compile = None,
+) -> None:
+    """Talk with a model by its own chat template. An empty line or Ctrl-D ends it; Ctrl-C stops an answer."""
+    from abyssal.engine import Sampling
+
+    llm = _llm(model, dtype, device, 1, speculation, None, compiled, quiet=False)
+    messages = [{"role": "system", "content": system}] if system else []
+    room = llm.model.config.max_position_embeddings
+    sampling = Sampling(max_tokens=min(max_tokens, room // 2), temperature=temperature, top_p=top_p, seed=seed)
+    while line := _ask("> "):
+        messages.append({"role": "user", "content": line})
+        answer = _show(llm.chat(messages, sampling))
+        messages.append({"role": "assistant", "content": answer})
+        rate = llm.totals.acceptance
+        said = f"{llm.totals.tokens_per_second:.1f} tokens/s" + (f", {rate:.0%} of drafts accepted" if rate else "")
+        Console(stderr=True).print(f"[dim]{said}[/dim]")
+
+
+def _ask(mark: str) -> str:
+    try:
+        return input(mark).strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""
+
+
+def _show(pieces: Any) -> str:
+    """Prints text as it comes; Ctrl-C ends it."""
+    text = ""
+    try:
+        for piece in pieces:
+            text += piece.text
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            if piece.output is not None and piece.output.error:
+                raise ValueError(piece.output.error)
+    except KeyboardInterrupt:
+        pass
+    print()
+    return text
+
+
+def _model_folder(model: str) -> str:
+    """A run's folder stands for the model in it."""
+    inner = Path(model) / "model"
+    return str(inner) if (inner / "config.json").is_file() else model
+
+
+def _llm(
+    model: str,
+    dtype: str | None,
+    device: str,
+    batch: int,
+    speculation: bool,
+    drafts: int | None,
+    compiled: bool | None,
+    quiet: bool,
+) -> "LLM":
+    import torch
+
+    from abyssal.engine import LLM
+
+    if dtype not in (None, "float32", "bfloat16", "float64"):
+        raise ValueError(f"dtype: expected float32, bfloat16 or float64, got {dtype!r}")
+    folder = _model_folder(model)
+    with Console(stderr=True, quiet=quiet).status(f"loading {folder}"):
+        return LLM(
+            folder,
+            dtype=getattr(torch, dtype) if dtype else None,
+            device=device,
+            max_batch=batch,
+            drafts=drafts if speculation else 0,
+            compiled=compiled,
+        )
+
+
+def _report(piece: "Piece", totals: "Totals") -> dict[str, Any]:
+    output = piece.output
+    assert output is not None
+    return {
+        "text": output.text,
+        "tokens": output.tokens,
+        "finish": output.finish,
+        "error": output.error,
+        "tokens_per_second": totals.tokens_per_second,
+        "acceptance": totals.acceptance,
+        "cache_bytes": totals.cache_bytes,
+        "mha_cache_bytes": totals.mha_cache_bytes,
+    }
+
+
+def _costs(totals: "Totals") -> Table:
+    table = Table(title="What it cost", title_justify="left", title_style="bold", show_header=False, show_edge=False)
+    speed = totals.tokens_per_second
+    table.add_row("generated", f"{totals.tokens} tokens, {speed:.1f} tokens/s")
+    table.add_row("prompt", f"{totals.prompt_tokens} tokens in {totals.prefill_seconds:.2f} s")
+    if totals.acceptance is not None:
+        per_step = totals.tokens / max(totals.steps, 1)
+        table.add_row("drafts accepted", f"{totals.acceptance:.0%}, {per_step:.2f} tokens a step")
+    table.add_row("latent cache", f"{totals.cache_bytes:,} bytes allocated")
+    ratio = totals.mha_cache_bytes / max(totals.cache_bytes, 1)
+    table.add_row("MHA would take", f"{totals.mha_cache_bytes:,} bytes, {ratio:.1f} times as much")
+    return table
+
+
+def main() -> None:
+    """The command line. An error that names its cause is one line and exit code 2; others are tracebacks."""
+    from abyssal.train.diagnose import NotFinite
+
+    try:
+        app()
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotFinite) as error:
+        if os.environ.get("ABYSSAL_TRACEBACK"):
+            raise
+        Console(stderr=True).print(f"abyssal: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The model over its latent cache: prompts in, then a few tokens at a time for every sequence at once.
+
+The decoding step can be compiled, once for a number of rows: on a CPU that is what lets it read the weights at the
+speed of memory (docs/benchmarks.md). Everything else runs eagerly.
+"""
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from abyssal.model.cache import Cache
+from abyssal.model.packing import Packing
+from abyssal.model.positions import rotary
+from abyssal.model.transformer import Transformer
+
+PREFILL_CHUNK = 4096  # tokens of a prompt taken at once: bounds what a long prompt needs beside its latents
+
+Step = Callable[[Tensor, Packing], tuple[Tensor, Tensor]]
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU, or None where there is none."""
+    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
+
+
+def can_compile(model: Transformer) -> bool:
+    """Whether the decoding step of `model` can be compiled here: on a CPU it takes a compiler and Python's headers."""
+    if model.embed.weight.device.type != "cpu":
+        return False
+    headers = sysconfig.get_paths()["include"]
+    return compiler() is not None and os.path.exists(f"{headers}/Python.h")
+
+
+class Runner:
+    """`pages` sequences of up to `page_size` tokens. Sequences are known by their page."""
+
+    def __init__(self, model: Transformer, pages: int, page_size: int, compiled: bool = False) -> None:
+        self.model = model
+        weight = model.embed.weight
+        self.device = weight.device
+        self.cache = Cache.allocate(model.leaves(), pages, page_size, weight.dtype, weight.device)
+        self.pages, self.compiled = pages, compiled
+        self._step: Step = torch.compile(self._main, dynamic=False, fullgraph=True) if compiled else self._main
+        self._draft_step = torch.compile(self._first, dynamic=False, fullgraph=True) if compiled else self._first
+
+    def _main(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        states = self.model.hidden(tokens, packing, self.cache).states
+        return states, self.model.logits(states)
+
+    def _first(self, states: Tensor, ahead: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        states = self._module(1, states, ahead, packing)
+        return states, self.model.logits(states)
+
+    def _module(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
+        config = self.model.config
+        layer = self.cache.layers[config.num_hidden_layers + depth - 1]
+        embedded, angles = self.model.enter(ahead, packing), rotary(config, packing.positions)
+        return self.model.mtp[depth - 1](states, embedded, angles, packing, layer)[0]
+
+    def _packing(self, lengths: Sequence[int], before: Sequence[int], pages: Sequence[int]) -> Packing:
+        return self.cache.contiguous_packing(lengths, before, pages, self.device)
+
+    @torch.inference_mode()
+    def prefill(self, page: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A prompt into an empty page: (states `[T, D]`, logits `[vocab]` after its last token)."""
+        states = []
+        for start in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = torch.tensor(tokens[start : start + PREFILL_CHUNK], device=self.device)
+            packing = self._packing([len(chunk)], [start], [page])
+            hidden = self.model.hidden(chunk, packing, self.cache).states
+            states.append(hidden if self.model.mtp else hidden[-1:])
+        return torch.cat(states), self.model.logits(states[-1][-1:])[0]
+
+    @torch.inference_mode()
+    def decode(
+        self, pages: Sequence[int], tokens: Sequence[Sequence[int]], before: Sequence[int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The next few tokens of each page's sequence, after the `before` that stand in it.
+
+        Returns for each sequence its states `[t, D]` and logits `[t, vocab]`, a row a token. Compiled, all
+        sequences must bring equally many, and always of the same pages.
+        """
+        lengths = [len(t) for t in tokens]
+        flat = torch.tensor([id for t in tokens for id in t], device=self.device)
+        states, logits = self._step(flat, self._packing(lengths, before, pages))
+        return list(states.split(lengths)), list(logits.split(lengths))
+
+    @torch.inference_mode()
+    def predict(
+        self,
+        depth: int,
+        pages: Sequence[int],
+        states: Sequence[Tensor],
+        ahead: Sequence[Sequence[int]],
+        before: Sequence[int],
+        last: Sequence[int],
+    ) -> tuple[list[Tensor], Tensor]:
+        """MTP module `depth`, from 1, over rows of each sequence: the states of the depth before, the token ahead
+        of each row, the rows that stand in its cache already. Returns its states, and the logits `[S, vocab]` of
+        row `last` of each sequence."""
+        lengths = [len(t) for t in ahead]
+        packing = self._packing(lengths, before, pages)
+        flat = torch.tensor([id for t in ahead for id in t], device=self.device)
+        rows = torch.tensor([packing_start + l for packing_start, l in zip(_starts(lengths), last)], device=self.device)
+        joined = torch.cat(list(states))
+        if depth == 1 and self.compiled and max(lengths) <= 8:
+            out, logits = self._draft_step(joined, flat, packing)
+            logits = logits[rows]
+        else:
+            out = self._module(depth, joined, flat, packing)
+            logits = self.model.logits(out[rows])
+        return list(out.split(lengths)), logits
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    starts = [0]
+    for n in lengths:
+        starts.append(starts[-1] + n)
+    return starts[:-1]

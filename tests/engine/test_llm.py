@@ -1,0 +1,211 @@
+"""The engine: speculation changes nothing but speed, requests do not disturb each other, and errors are named."""
+
+import math
+
+import pytest
+import torch
+
+from abyssal import LLM, ModelConfig, Sampling
+from abyssal.engine.request import Request
+from abyssal.engine.runner import Runner, can_compile
+from abyssal.engine.speculation import Drafter, Speculated
+from abyssal.model.transformer import Transformer
+
+GREEDY = Sampling(max_tokens=12, temperature=0)
+
+
+def make(seed: int = 0, **changes: object) -> Transformer:
+    """A tiny model in float64, its weights large enough that it has opinions."""
+    generator = torch.Generator().manual_seed(seed)
+    model = Transformer(ModelConfig.load("tiny").replace(**changes)).double().init_weights(generator)
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.data.mul_(5)
+    for gate in model.gates():
+        assert gate.bias is not None
+        gate.bias.normal_(std=0.1, generator=generator)
+    return model
+
+
+def prompts(seed: int = 1, vocab: int = 512) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, (n,), generator=generator).tolist() for n in (5, 1, 23, 8, 2)]
+
+
+def recomputed(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding without a cache: the whole sequence again for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(torch.tensor(tokens), [len(tokens)])[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("modules", [1, 3])
+def test_greedy_output_is_that_of_recomputation(modules: int) -> None:
+    model = make(num_nextn_predict_layers=modules)
+    expected = [recomputed(model, p, 12) for p in prompts()]
+    for settings in ({"drafts": 0}, {}, {"drafts": 4, "max_batch": 2}, {"drafts": 2, "max_batch": 1}):
+        outputs = LLM(model, **settings).generate(prompts(), GREEDY)
+        assert [o.tokens for o in outputs] == expected, settings
+        assert {o.finish for o in outputs} == {"length"}
+
+
+@pytest.mark.parametrize("rung", [{"attention": "mha"}, {"attention": "gqa", "num_key_value_heads": 2}, {}])
+def test_rungs_of_the_ladder_generate_too(rung: dict[str, object]) -> None:
+    """Coupled RoPE on a latent too, whose keys are made anew at every step."""
+    model = make(**rung, position="rope", qk_rope_head_dim=0)
+    assert LLM(model).generate(prompts()[0], GREEDY)[0].tokens == recomputed(model, prompts()[0], 12)
+
+
+@pytest.mark.parametrize("modules,count", [(1, 1), (1, 3), (2, 2), (3, 3), (3, 2)])
+def test_drafts_are_those_of_the_modules_over_the_whole_sequence(modules: int, count: int) -> None:
+    """Whatever was accepted before, the modules' caches hold what a pass over all known tokens would give them."""
+    model = make(num_nextn_predict_layers=modules)
+    runner, generator = Runner(model, 1, 128), torch.Generator().manual_seed(3)
+    s = Speculated(Request(0, prompts()[0], Sampling(temperature=0), None, frozenset()), 0)
+    drafter = Drafter(runner, count)
+    states, _ = runner.prefill(0, s.request.prompt)
+    s.request.tokens.append(7)
+    before, rows = [0], [states]
+    for _ in range(8):
+        drafter.draft([s], rows, before)
+        known = s.request.tokens
+        for d, draft in enumerate(s.request.drafts[:modules], start=1):
+            sequence = torch.tensor(known + s.request.drafts[: d - 1])
+            assert draft == int(model.predict(sequence, [len(sequence)])[d - 1][len(known) - 2].argmax())
+        before = [len(known) - 1]
+        rows, _ = runner.decode([0], [[known[-1], *s.request.drafts]], before)
+        accepted = int(torch.randint(0, count + 1, (), generator=generator))
+        known += [*s.request.drafts[:accepted], int(torch.randint(0, 512, (), generator=generator))]
+
+
+def test_sampled_output_has_the_model_s_distribution() -> None:
+    """Two tokens after a prompt over a vocabulary of 6, drawn with speculation, against exact probabilities."""
+    model = make(vocab_size=6, seed=4)
+    prompt, sampling = [1, 3, 2], {"max_tokens": 2, "temperature": 1.3, "top_k": 5}
+
+    def after(tokens: list[int]) -> torch.Tensor:
+        request = Request(0, tokens, Sampling(**sampling), None, frozenset())  # type: ignore[arg-type]
+        return request.probabilities(model(torch.tensor(tokens), [len(tokens)])[-1:], [])[0].double()
+
+    first = after(prompt)
+    exact = {(a, b): float(first[a] * after([*prompt, a])[b]) for a in range(6) for b in range(6)}
+    draws = 1500
+    llm = LLM(model, max_batch=50, drafts=1)
+    outputs = llm.generate([prompt] * draws, [Sampling(**sampling, seed=s) for s in range(draws)])  # type: ignore[arg-type]
+    assert 0 < llm.totals.accepted < llm.totals.drafted
+    seen = {pair: 0 for pair in exact}
+    for o in outputs:
+        seen[o.tokens[0], o.tokens[1]] += 1
+    assert all(seen[pair] == 0 for pair, p in exact.items() if p == 0)
+    chi2 = sum((seen[pair] - draws * p) ** 2 / (draws * p) for pair, p in exact.items() if p > 0)
+    freedom = sum(p > 0 for p in exact.values()) - 1
+    assert chi2 < freedom + 4.5 * math.sqrt(2 * freedom)
+
+
+def test_a_seed_gives_the_same_text_whatever_the_batch() -> None:
+    llm = LLM(make())
+    settings = [Sampling(max_tokens=12, seed=s) for s in range(5)]
+    together = [o.tokens for o in llm.generate(prompts(), settings)]
+    alone = [llm.generate(p, s)[0].tokens for p, s in zip(prompts(), settings)]
+    assert together == alone
+    assert together != [o.tokens for o in llm.generate(prompts(), [Sampling(max_tokens=12, seed=9)] * 5)]
+
+
+def test_speculation_can_be_refused_by_one_request_of_a_batch() -> None:
+    model = make()
+    settings = [Sampling(max_tokens=9, temperature=0, speculate=None if i % 2 else False) for i in range(5)]
+    outputs = LLM(model, drafts=2).generate(prompts(), settings)
+    assert [o.tokens for o in outputs] == [recomputed(model, p, 9) for p in prompts()]
+
+
+def test_penalties_count_drafts() -> None:
+    """With a penalty that forbids repeating, no token comes twice, drafted or not."""
+    sampling = Sampling(max_tokens=15, temperature=0, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=90.0)
+    plain = LLM(make(), drafts=0).generate(prompts(), sampling)
+    assert [o.tokens for o in LLM(make(), drafts=3).generate(prompts(), sampling)] == [o.tokens for o in plain]
+    assert all(len(set(o.tokens)) == len(o.tokens) for o in plain)
+
+
+def test_logprobs_are_the_model_s_own() -> None:
+    model = make()
+    output = LLM(model).generate(prompts()[0], Sampling(max_tokens=6, temperature=0.5, seed=1, logprobs=3))[0]
+    assert output.logprobs is not None and len(output.logprobs) == 6
+    whole = torch.tensor([*output.prompt_tokens, *output.tokens])
+    exact = model(whole, [len(whole)]).log_softmax(-1)[len(output.prompt_tokens) - 1 :]
+    for row, said in zip(exact, output.logprobs):
+        assert said.logprob == pytest.approx(float(row[said.token]), abs=1e-6)
+        assert [id for id, _ in said.top] == row.topk(3).indices.tolist()
+
+
+def test_end_of_text_ends_a_request_and_is_not_in_its_tokens() -> None:
+    model = make()
+    free = recomputed(model, prompts()[2], 12)
+    end = free[5]
+    model.config = ModelConfig.from_dict(model.config.to_dict() | {"eos_token_id": [end, 511]})
+    output = LLM(model).generate(prompts()[2], GREEDY)[0]
+    assert (output.tokens, output.finish) == (free[: free.index(end)], "stop")
+    ignoring = Sampling(max_tokens=12, temperature=0, ignore_eos=True)
+    assert LLM(model).generate(prompts()[2], ignoring)[0].tokens == free
+
+
+def test_a_failure_is_one_request_s_alone() -> None:
+    """A sequence whose logits are not finite ends with the reason; its batch mates do not notice."""
+    model = make()
+    poisoned = 100
+    assert all(poisoned not in p for p in prompts())
+    expected = [recomputed(model, p, 12) for p in prompts()]
+    assert all(poisoned not in t for t in expected)
+    model.embed.weight.data[poisoned] = float("nan")
+    outputs = LLM(model, drafts=0).generate([*prompts(), [1, poisoned]], GREEDY)
+    assert [o.tokens for o in outputs[:-1]] == expected
+    assert (outputs[-1].finish, outputs[-1].tokens) == ("error", [])
+    assert "finite" in str(outputs[-1].error)
+
+
+def test_the_cache_is_what_it_says() -> None:
+    llm = LLM(make(), max_batch=2, max_context=250)
+    llm.generate(prompts(), GREEDY)
+    rows, layers, width = 2 * 256, 4, 24 + 8
+    assert llm.totals.cache_bytes == rows * layers * width * 8
+    assert llm.totals.mha_cache_bytes == rows * layers * 2 * 4 * 16 * 8
+
+
+@pytest.mark.parametrize(
+    "prompt,sampling,message",
+    [
+        ([], GREEDY, "prompt 0: is empty"),
+        ([[1], []], GREEDY, "prompt 1: is empty"),
+        ([[1], [512]], GREEDY, "prompt 1: expected token ids from 0 to 511"),
+        ([[1], [-1]], GREEDY, "prompt 1: expected token ids"),
+        ([[1] * 500], GREEDY, "prompt 0: 500 tokens and max_tokens 12 exceed the context of 512"),
+        ("text", GREEDY, "tokenizer: text prompts need one"),
+        ([[1], [2]], [GREEDY], "sampling: expected one or 2, got 1"),
+    ],
+)
+def test_bad_requests_are_named_before_any_work(prompt: object, sampling: object, message: str) -> None:
+    if prompt == []:
+        prompt = [[]]
+    with pytest.raises(ValueError, match=message):
+        LLM(make()).generate(prompt, sampling)  # type: ignore[arg-type]
+
+
+def test_bad_settings_are_named() -> None:
+    with pytest.raises(ValueError, match="drafts: expected 0, as there is no MTP module, got 1"):
+        LLM(make(num_nextn_predict_layers=0), drafts=1)
+    with pytest.raises(ValueError, match="max_context: expected 1 to the model's 512, got 513"):
+        LLM(make(), max_context=513)
+    with pytest.raises(ValueError, match="speculate is True, but the model has no MTP module"):
+        LLM(make(num_nextn_predict_layers=0)).generate([[1]], Sampling(speculate=True, max_tokens=3))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_compile(make()), reason="no C++ compiler")
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_compiled_step_is_the_eager_one(drafts: int) -> None:
+    """Sequences that end early leave their rows unused; the output is the same."""
+    model = make()
+    settings = [Sampling(max_tokens=n, temperature=0) for n in (3, 24, 11, 24, 7)]
+    eager = LLM(model, drafts=drafts, compiled=False).generate(prompts(), settings)
+    compiled = LLM(model, drafts=drafts, compiled=True, max_batch=3).generate(prompts(), settings)
+    assert [o.tokens for o in compiled] == [o.tokens for o in eager]

@@ -1,0 +1,125 @@
+"""Absorbed attention against an explicit loop over queries, heads and cached rows."""
+
+import math
+
+import pytest
+import torch
+
+from abyssal.ops.latent_decode import latent_decode
+from abyssal.ops.paged import cumulative, gather_pages
+
+
+def case(queries, contexts, page_size, C=7, R=4, H=3, dtype=torch.float64, seed=0):
+    """Pages are dealt in a random order, and what no sequence owns holds large numbers."""
+    g = torch.Generator().manual_seed(seed)
+    need = max([1, *(-(-l // page_size) for l in contexts)])
+    spare = 2
+    order = torch.randperm(len(contexts) * need + spare, generator=g)
+    tables = order[: len(contexts) * need].view(len(contexts), need)
+    rows = 50 * torch.randn(len(order) * page_size, C + R, dtype=torch.float64, generator=g)
+    for table, l in zip(tables.tolist(), contexts):
+        for i in range(l):
+            row = table[i // page_size] * page_size + i % page_size
+            rows[row] = torch.randn(C + R, dtype=torch.float64, generator=g)
+    T = sum(queries)
+    q_latent = torch.randn(T, H, C, dtype=torch.float64, generator=g).to(dtype)
+    q_rope = torch.randn(T, H, R, dtype=torch.float64, generator=g).to(dtype) if R else None
+    where = (tables.to(torch.int32), torch.tensor(contexts, dtype=torch.int32), page_size)
+    return q_latent, q_rope, rows.to(dtype), cumulative(queries), *where, 0.41
+
+
+def by_loop(q_latent, q_rope, rows, cu_q, tables, lens, page_size, scale):
+    T, H, C = q_latent.shape
+    out = torch.zeros(T, H, C, dtype=torch.float64)
+    for s, l in enumerate(lens.tolist()):
+        first, last = cu_q[s].item(), cu_q[s + 1].item()
+        places = [tables[s, i // page_size].item() * page_size + i % page_size for i in range(l)]
+        for t in range(first, last):
+            seen = places[: l - (last - 1 - t)]
+            for h in range(H):
+                scores = []
+                for p in seen:
+                    score = q_latent[t, h].double() @ rows[p, :C].double()
+                    if q_rope is not None:
+                        score = score + q_rope[t, h].double() @ rows[p, C:].double()
+                    scores.append(scale * score.item())
+                weights = [math.exp(x - max(scores)) for x in scores]
+                out[t, h] = sum(w / sum(weights) * rows[p, :C].double() for w, p in zip(weights, seen))
+    return out
+
+
+CASES = {
+    "one token each": ([1, 1, 1], [5, 1, 9]),
+    "several tokens": ([3, 1, 4], [7, 4, 4]),
+    "whole prompts": ([6, 2], [6, 2]),
+    "some without queries": ([0, 2, 0, 1], [3, 5, 0, 2]),
+    "nothing": ([0, 0], [0, 4]),
+    "past a rounding": ([2, 1], [64, 65]),
+}
+
+
+@pytest.mark.parametrize("queries, contexts", CASES.values(), ids=CASES)
+@pytest.mark.parametrize("page_size", [1, 3, 70, 200])
+@pytest.mark.parametrize("R, H", [(4, 3), (0, 2), (2, 1)])
+def test_it_is_the_loop(queries, contexts, page_size, R, H) -> None:
+    args = case(queries, contexts, page_size, R=R, H=H)
+    torch.testing.assert_close(latent_decode(*args), by_loop(*args), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_narrow_dtypes_are_near(dtype, tolerance) -> None:
+    args = case([2, 1, 1], [90, 40, 3], 128, dtype=dtype)
+    out = latent_decode(*args)
+    assert out.dtype == dtype and out.is_contiguous()
+    torch.testing.assert_close(out.double(), by_loop(*args), atol=tolerance, rtol=0)
+
+
+def test_a_sequence_is_the_same_in_any_batch() -> None:
+    """Bit for bit: batch mates and the order of pages are no part of the arithmetic of one page."""
+    q, k, rows, cu_q, tables, lens, size, scale = case([1, 2, 1], [9, 30, 17], 32, dtype=torch.float32)
+    together = latent_decode(q, k, rows, cu_q, tables, lens, size, scale)
+    for s, (a, b) in enumerate(zip(cu_q.tolist(), cu_q.tolist()[1:])):
+        alone = latent_decode(
+            q[a:b], k[a:b], rows, cumulative([b - a]), tables[s : s + 1], lens[s : s + 1], size, scale
+        )
+        assert torch.equal(alone, together[a:b])
+
+
+def test_the_cache_is_read_and_not_changed() -> None:
+    args = case([2], [5], 8)
+    before = [a.clone() for a in args if isinstance(a, torch.Tensor)]
+    latent_decode(*args)
+    assert all(torch.equal(a, b) for a, b in zip([a for a in args if isinstance(a, torch.Tensor)], before))
+
+
+def test_torch_compile_sees_one_opaque_operation() -> None:
+    """Contexts grow at every step: a graph must not depend on them."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(latent_decode, backend=counter, fullgraph=True)
+    for length in (3, 9, 31):
+        args = case([1], [length], 64, seed=length)
+        torch.testing.assert_close(step(*args), latent_decode(*args))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 5, 16])
+def test_gather_pages_by_hand(page_size: int) -> None:
+    lens = [0, 5, 1, 10, 0]
+    need = -(-10 // page_size)
+    order = torch.randperm(5 * need, generator=torch.Generator().manual_seed(0))
+    tables = order.view(5, need).to(torch.int32)
+    rows = torch.arange(5 * need * page_size).view(-1, 1)
+    expected = [
+        [tables[s, i // page_size].item() * page_size + i % page_size] for s, l in enumerate(lens) for i in range(l)
+    ]
+    found, cu, longest = gather_pages(rows, tables, torch.tensor(lens, dtype=torch.int32), page_size)
+    assert found.tolist() == expected
+    assert cu.tolist() == [0, 0, 5, 6, 16, 16] and cu.dtype == torch.int32
+    assert longest == 10
+
+
+def test_gather_pages_of_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.int32)
+    found, cu, longest = gather_pages(torch.ones(4, 3), none.view(0, 1), none, 4)
+    assert found.shape == (0, 3) and cu.tolist() == [0] and longest == 0

@@ -1,0 +1,143 @@
+"""Masters, decay, Muon, clipping, and the optimizer's state."""
+
+import pytest
+import torch
+from torch import nn
+
+from abyssal.model.transformer import Transformer
+from abyssal.train.muon import StackedMuon, orthogonalize
+from abyssal.train.optimizer import Optimizer
+
+
+def build(config, dtype=torch.float32):
+    model = Transformer(config.model_settings()).init_weights(torch.Generator().manual_seed(0))
+    return model, Optimizer(model, config, dtype)
+
+
+def fill_gradients(model, scale=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = (torch.randn(p.shape, generator=generator) * scale).to(p.dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (3, 20, 8), (2, 12, 12)])
+def test_stacked_muon_is_torchs_slice_by_slice(shape):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    stack = nn.Parameter(start.clone())
+    slices = [nn.Parameter(s.clone()) for s in start]
+    ours = StackedMuon([stack], lr=0.02, weight_decay=0.1)
+    torchs = torch.optim.Muon(slices, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for _ in range(4):
+        stack.grad = torch.randn(shape, generator=generator)
+        for p, g in zip(slices, stack.grad):
+            p.grad = g.clone()
+        ours.step()
+        torchs.step()
+    # bfloat16 products, whose roundings differ between one matrix and a stack of them
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in slices]), rtol=0, atol=2e-3)
+    moved = (stack.detach() - start).norm()
+    assert (stack.detach() - torch.stack([p.detach() for p in slices])).norm() < 0.01 * moved
+
+
+def test_orthogonalize_brings_singular_values_near_one():
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(4, 16, 40)).float())
+    assert 0.4 < values.min() < values.max() < 1.6
+
+
+def test_stacked_muon_refuses_matrices():
+    with pytest.raises(ValueError, match=r"stacks of matrices \[E, M, N\], got a parameter \[2, 3\]"):
+        StackedMuon([nn.Parameter(torch.zeros(2, 3))], 0.1, 0.0)
+
+
+def test_who_steps_what(make_config):
+    model, optimizer = build(make_config(optimizer="muon"))
+    adam, flat, stacked = optimizer.optimizers
+    name_of = {p: name for name, p in model.named_parameters()}
+    names = [[name_of[p] for group in o.param_groups for p in group["params"]] for o in (adam, flat, stacked)]
+    assert sorted(sum(names, [])) == sorted(name_of.values())
+    assert {"embed.weight", "head.weight", "layers.1.ffn.gate.weight", "norm.weight"} <= set(names[0])
+    assert "mtp.0.eh_proj.weight" in names[1]
+    assert all(".ffn.experts.w" in name for name in names[2])
+    decays = {name_of[p]: group["weight_decay"] for group in adam.param_groups for p in group["params"]}
+    assert decays["embed.weight"] == 0.1
+    assert decays["layers.0.attn_norm.weight"] == 0.0
+
+
+def test_adamw_by_hand(make_config):
+    config = make_config(clip=None, weight_decay=0.1)
+    model, optimizer = build(config)
+    before = model.head.weight.detach().clone()
+    fill_gradients(model)
+    gradient = model.head.weight.grad.clone()
+    optimizer.collect()
+    optimizer.update(0.01, float(optimizer.norm()))
+    # After one step the moments' bias corrections leave g / (|g| + eps).
+    expected = before * (1 - 0.01 * 0.1) - 0.01 * gradient / (gradient.abs() + 1e-8)
+    torch.testing.assert_close(model.head.weight.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_scales_the_whole_gradient(make_config):
+    config = make_config(clip=1.0)
+    model, optimizer = build(config)
+    fill_gradients(model)
+    norm = float(optimizer.norm())
+    total = sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5
+    assert norm == pytest.approx(total, rel=1e-5)
+    kept = [g for _, g in optimizer.gradients()]
+    optimizer.update(0.0, norm)
+    assert torch.stack([g.double().norm() for g in kept]).norm() == pytest.approx(1.0, rel=1e-5)
+
+
+def test_tiny_updates_reach_float32_masters(make_config):
+    """Steps of 1e-5 on weights near 0.02 vanish in bfloat16, whose next number is 1e-4 away."""
+    config = make_config(clip=None, weight_decay=0.0)
+    model, optimizer = build(config, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.gates()[0].bias.dtype == torch.float32
+    with torch.no_grad():
+        optimizer.masters[0].fill_(0.02)
+        model.embed.weight.fill_(0.02)
+    rounded = float(model.embed.weight[0, 0])
+    for _ in range(40):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.collect()
+        optimizer.update(1e-5, float(optimizer.norm()))
+    assert float(optimizer.masters[0][0, 0]) == pytest.approx(0.02 - 40e-5, rel=1e-3)
+    assert float(model.embed.weight[0, 0]) == pytest.approx(0.0196, abs=1e-4)
+    assert float(model.embed.weight[0, 0]) != rounded
+
+
+def test_gradients_of_microbatches_are_summed_in_float32(make_config):
+    model, optimizer = build(make_config(), torch.bfloat16)
+    for _ in range(600):  # in bfloat16 the sum of ones would stop at 256
+        model.norm.weight.grad = torch.ones_like(model.norm.weight)
+        optimizer.collect()
+    assert dict(optimizer.gradients())["norm.weight"].unique().tolist() == [600.0]
+    assert model.norm.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_state_round_trip(make_config, dtype, name):
+    config = make_config(optimizer=name)
+
+    def step(model, optimizer, seed):
+        fill_gradients(model, 0.1, seed)
+        optimizer.collect()
+        optimizer.update(1e-3, float(optimizer.norm()))
+
+    model, optimizer = build(config, dtype)
+    step(model, optimizer, 1)
+    state = {key: t.clone() for key, t in optimizer.state().items()}
+    other, restored = build(config, dtype)
+    other.load_state_dict(model.state_dict())
+    restored.load_state(state)
+    for m, o in ((model, optimizer), (other, restored)):
+        step(m, o, 2)
+    assert optimizer.state().keys() == restored.state().keys()
+    for key, t in optimizer.state().items():
+        assert torch.equal(t, restored.state()[key]), key
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
