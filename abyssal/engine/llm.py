@@ -130,10 +130,7 @@ class LLM:
         before = [len(s.request.tokens) - 1 for s in running]
         rows = [[s.request.tokens[-1], *s.request.drafts] for s in running]
         pages = [s.page for s in running]
-        if runner.compiled:  # equally many rows for every page, used or not
-            states, logits = self._padded(runner, pages, rows, before)
-        else:
-            states, logits = runner.decode(pages, rows, before)
+        states, logits = runner.decode(pages, rows, before)
         texts = []
         for s, row_logits, row in zip(running, logits, rows):
             texts.append(self._take(s.request, row_logits[: len(row)]))
@@ -145,17 +142,6 @@ class LLM:
         for s, text in zip(running, texts):
             if text:
                 yield Piece(s.request.index, text)
-
-    def _padded(
-        self, runner: Runner, pages: list[int], rows: list[list[int]], before: list[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        width = 1 + self.drafts
-        every = [[0] * width for _ in range(runner.pages)]
-        at = [0] * runner.pages
-        for page, row, old in zip(pages, rows, before):
-            every[page], at[page] = row + [0] * (width - len(row)), old
-        states, logits = runner.decode(range(runner.pages), every, at)
-        return [states[page] for page in pages], [logits[page] for page in pages]
 
     def _take(self, request: Request, logits: Tensor) -> str:
         """Accepts what holds of a request's drafts and one token more; returns the text that is now certain.
@@ -264,7 +250,7 @@ class LLM:
         old = self._runner
         if old is None or old.pages != pages or old.cache.page_size < size or old.compiled != compiled:
             self._runner = None  # frees the old cache before the new one is made
-            self._runner = Runner(self.model, pages, size, compiled)
+            self._runner = Runner(self.model, pages, size, 1 + self.drafts, compiled)
         runner = self._runner
         assert runner is not None
         self.totals = Totals(cache_bytes=runner.cache.bytes)

@@ -36,14 +36,16 @@ def can_compile(model: Transformer) -> bool:
 
 
 class Runner:
-    """`pages` sequences of up to `page_size` tokens. Sequences are known by their page."""
+    """`pages` sequences of up to `page_size` tokens, known by their page; at most `width` tokens of each a step."""
 
-    def __init__(self, model: Transformer, pages: int, page_size: int, compiled: bool = False) -> None:
+    def __init__(
+        self, model: Transformer, pages: int, page_size: int, width: int = 1, compiled: bool = False
+    ) -> None:
         self.model = model
         weight = model.embed.weight
         self.device = weight.device
         self.cache = Cache.allocate(model.leaves(), pages, page_size, weight.dtype, weight.device)
-        self.pages, self.compiled = pages, compiled
+        self.pages, self.width, self.compiled = pages, width, compiled
         self._step: Step = torch.compile(self._main, dynamic=False, fullgraph=True) if compiled else self._main
         self._draft_step = torch.compile(self._first, dynamic=False, fullgraph=True) if compiled else self._first
 
@@ -81,12 +83,14 @@ class Runner:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The next few tokens of each page's sequence, after the `before` that stand in it.
 
-        Returns for each sequence its states `[t, D]` and logits `[t, vocab]`, a row a token. Compiled, all
-        sequences must bring equally many, and always of the same pages.
+        Returns for each sequence its states `[t, D]` and logits `[t, vocab]`, a row a token.
         """
         lengths = [len(t) for t in tokens]
-        flat = torch.tensor([id for t in tokens for id in t], device=self.device)
-        states, logits = self._step(flat, self._packing(lengths, before, pages))
+        if self.compiled:
+            flat, packing, places = self._every_page(pages, tokens, before)
+            states, logits = self._step(flat, packing)
+            return [states[at] for at in places], [logits[at] for at in places]
+        states, logits = self._step(self._ids(tokens), self._packing(lengths, before, pages))
         return list(states.split(lengths)), list(logits.split(lengths))
 
     @torch.inference_mode()
@@ -103,21 +107,29 @@ class Runner:
         of each row, the rows that stand in its cache already. Returns its states, and the logits `[S, vocab]` of
         row `last` of each sequence."""
         lengths = [len(t) for t in ahead]
-        packing = self._packing(lengths, before, pages)
-        flat = torch.tensor([id for t in ahead for id in t], device=self.device)
-        rows = torch.tensor([packing_start + l for packing_start, l in zip(_starts(lengths), last)], device=self.device)
-        joined = torch.cat(list(states))
-        if depth == 1 and self.compiled and max(lengths) <= 8:
+        if self.compiled and depth == 1 and min(before) > 0:  # a decoding step, not a prompt
+            flat, packing, places = self._every_page(pages, ahead, before)
+            joined = states[0].new_zeros(flat.shape[0], states[0].shape[1])
+            for at, rows in zip(places, states):
+                joined[at] = rows
             out, logits = self._draft_step(joined, flat, packing)
-            logits = logits[rows]
-        else:
-            out = self._module(depth, joined, flat, packing)
-            logits = self.model.logits(out[rows])
-        return list(out.split(lengths)), logits
+            return [out[at] for at in places], torch.stack([logits[at][l] for at, l in zip(places, last)])
+        packing = self._packing(lengths, before, pages)
+        out = self._module(depth, torch.cat(list(states)), self._ids(ahead), packing)
+        parts = out.split(lengths)
+        return list(parts), self.model.logits(torch.stack([part[l] for part, l in zip(parts, last)]))
 
+    def _ids(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor([id for row in tokens for id in row], device=self.device)
 
-def _starts(lengths: Sequence[int]) -> list[int]:
-    starts = [0]
-    for n in lengths:
-        starts.append(starts[-1] + n)
-    return starts[:-1]
+    def _every_page(
+        self, pages: Sequence[int], tokens: Sequence[Sequence[int]], before: Sequence[int]
+    ) -> tuple[Tensor, Packing, list[slice]]:
+        """Equally many rows for every page, used or not, and where each sequence's are: a compiled step has one
+        shape. What an idle page computes is written over when a sequence comes to it."""
+        width = 1 if max(len(t) for t in tokens) == 1 else self.width
+        rows, at = [[0] * width for _ in range(self.pages)], [0] * self.pages
+        for page, own, old in zip(pages, tokens, before):
+            rows[page], at[page] = [*own, *[0] * (width - len(own))], old
+        places = [slice(page * width, page * width + len(own)) for page, own in zip(pages, tokens)]
+        return self._ids(rows), self._packing([width] * self.pages, at, range(self.pages)), places

@@ -2,22 +2,22 @@
 
 import math
 import platform
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from importlib.metadata import version
-from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from abyssal.config import ConfigError, ModelConfig
-from abyssal.data import Batch, Batches, TokenSet
+from abyssal.data import TokenSet
 from abyssal.model.balance import Balance
 from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
 from abyssal.train.diagnose import NotFinite, first_not_finite
+from abyssal.train.lanes import Lanes
 from abyssal.train.loss import Microbatch, Totals, losses
 from abyssal.train.optimizer import Optimizer
 from abyssal.train.schedule import bias_speed, learning_rate, mtp_weight
@@ -71,17 +71,13 @@ class Trainer:
         wrap_blocks(self.model, config)
         self.balance = Balance(self.model.gates())
         self.token_set = token_set
-        self._batches = Batches(token_set.split("train"), config.batch_tokens, config.sequence, config.seed)
+        self.lanes = Lanes(token_set.split("train"), config, len(self.model.mtp))
 
     @contextmanager
     def stream(self) -> Iterator[Iterator[list[Microbatch]]]:
         """The microbatches of step `done + 1` and of all that follow, read ahead, on the CPU."""
-        size, modules = self.config.accumulate, len(self.model.mtp)
-        batches = self._batches.from_step(self.done * size)
-        try:
-            yield ([Microbatch.of(next(batches), modules) for _ in range(size)] for _ in count())
-        finally:
-            cast(Generator[Batch], batches).close()  # ends its thread
+        with closing(self.lanes.following(self.done)) as steps:
+            yield steps
 
     def step(self, microbatches: Sequence[Microbatch]) -> Step:
         """Takes one optimizer step. Raises NotFinite, and changes nothing, if a loss or the gradient is not finite."""

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from abyssal.data import Batch, TokenSet, Tokenizer, prepare
+from abyssal.data import Batch, Tokenizer, TokenSet, prepare
 from abyssal.train import TrainConfig
+
+torch.set_num_threads(1)  # the models are tiny, and the cores belong to pytest's workers
 
 OVERRIDES = {
     "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8,

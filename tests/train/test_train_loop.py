@@ -36,7 +36,9 @@ def test_a_run_from_text_to_a_model(make_config, quiet, text, tmp_path):
         "train.json", "tokens", "metrics.jsonl", "state", "model", "curves.png"}  # fmt: skip
     assert result.curves.read_bytes().startswith(b"\x89PNG")
     assert (result.model / "config.json").is_file() and list(result.model.glob("*.safetensors"))
-    assert Tokenizer.load(result.model).decode(Tokenizer.load(result.model).encode("the cat größer")) == "the cat größer"
+    assert (
+        Tokenizer.load(result.model).decode(Tokenizer.load(result.model).encode("the cat größer")) == "the cat größer"
+    )
     told = quiet.file.getvalue()
     for line in ("batch_tokens          256", "step 40/40  loss", "bits/B", "left 0:00", str(result.model)):
         assert line in told
@@ -81,7 +83,6 @@ def test_other_runs_end_and_are_saved(make_config, quiet, changes):
     assert (result.model / "config.json").is_file()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize(
     ("poisoned", "where"),
     [
@@ -91,23 +92,23 @@ def test_other_runs_end_and_are_saved(make_config, quiet, changes):
         ("head.weight", "the output of head"),
     ],
 )
-def test_a_nan_names_step_and_layer(make_config, quiet, monkeypatch, poisoned, where, accumulate):
-    config = make_config(accumulate=accumulate)
+def test_a_nan_names_step_and_layer(make_config, quiet, monkeypatch, poisoned, where):
+    config = make_config(accumulate=2, save_every=2)
     step = Trainer.step
 
     def poison(trainer, micros):
-        if trainer.done == 4:
+        if trainer.done == 2:
             with torch.no_grad():
                 trainer.model.get_parameter(poisoned)[..., :1] = math.nan
         return step(trainer, micros)
 
     monkeypatch.setattr(Trainer, "step", poison)
-    with pytest.raises(NotFinite, match=f"step 5: the loss is nan .*first: {where}.*state-nan"):
+    with pytest.raises(NotFinite, match=f"step 3: the loss is nan .*first: {where}.*state-nan"):
         train(config, console=quiet)
     saved = read_trainer(config.out / "state-nan")
-    assert saved["step"] == 4
-    assert [r["step"] for r in read_metrics(config.out / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert newest_state(config.out / "state").name == "step-00000004"
+    assert saved["step"] == 2
+    assert [r["step"] for r in read_metrics(config.out / "metrics.jsonl")] == [1, 2]
+    assert newest_state(config.out / "state").name == "step-00000002"
 
 
 def test_a_gradient_that_is_not_finite_is_named_too(make_config, token_set, monkeypatch):
@@ -150,7 +151,7 @@ def _firsts(document):
     ("changes", "message"),
     [
         ({"sequence": 1000}, "sequence: 1000, the model's max_position_embeddings is 512"),
-        ({"model": {"vocab_size": 280}}, r"model.vocab_size: the tokenizer has 3\d\d ids, the model 280"),
+        ({"model": {"vocab_size": 270}}, r"model.vocab_size: the tokenizer has \d+ ids, the model 270"),
         ({"device": "cuda:77"}, "device: 'cuda:77' cannot be used"),
     ],
 )

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import torch
 from rich.console import Console
 
 from abyssal.config import ConfigError
@@ -19,7 +18,7 @@ from abyssal.train.metrics import Metrics
 from abyssal.train.state import newest_state, prune_states, read_trainer, save_state, state_folder
 from abyssal.train.trainer import Trainer
 
-CURVE = ("step", "tokens", "loss", "main_loss", "mtp_losses", "balance_loss", "grad_norm", "lr", "max_violation", "validation")
+CURVE = "step tokens loss main_loss mtp_losses balance_loss grad_norm lr max_violation validation".split()
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
@@ -32,14 +31,6 @@ sys.exit(128 + result.interrupted if result.interrupted else 0)
 @pytest.fixture
 def quiet():
     return Console(file=io.StringIO(), width=200)
-
-
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def curve(out):
@@ -93,7 +84,7 @@ def killed_and_resumed(config, tmp_path, kills, draw):
     return torn
 
 
-def test_killed_twice_the_curve_is_the_same(make_config, quiet, tmp_path, one_thread):
+def test_killed_twice_the_curve_is_the_same(make_config, quiet, tmp_path):
     settings = {"steps": 24, "validate_every": 8, "save_every": 2}
     train(make_config(out=str(tmp_path / "whole"), **settings), console=quiet)
     config = make_config(out=str(tmp_path / "killed"), **settings)
@@ -106,7 +97,7 @@ def test_killed_twice_the_curve_is_the_same(make_config, quiet, tmp_path, one_th
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"optimizer": "muon", "dtype": "bfloat16", "accumulate": 2}])
-def test_killed_many_times(make_config, quiet, tmp_path, one_thread, changes):
+def test_killed_many_times(make_config, quiet, tmp_path, changes):
     settings = {"steps": 150, "validate_every": 10, "save_every": 1, "keep_states": 1} | changes
     train(make_config(out=str(tmp_path / "whole"), **settings), console=quiet)
     config = make_config(out=str(tmp_path / "killed"), **settings)
@@ -116,7 +107,7 @@ def test_killed_many_times(make_config, quiet, tmp_path, one_thread, changes):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_state_and_says_how_to_go_on(make_config, quiet, tmp_path, one_thread, number):
+def test_a_signal_saves_the_state_and_says_how_to_go_on(make_config, quiet, tmp_path, number):
     config = make_config(out=str(tmp_path / "stopped"), steps=500, save_every=500, validate_every=500)
     process = start(config, tmp_path)
     wait(process, lambda: lines(config.out) >= 3)
@@ -185,7 +176,7 @@ def test_a_finished_run_resumed_only_writes_its_model_again(make_config, quiet):
 
 def test_a_run_is_not_overwritten(make_config, quiet):
     train(make_config(), console=quiet)
-    with pytest.raises(FileExistsError, match="has a run, saved after step 8; resume it .*out=FOLDER"):
+    with pytest.raises(FileExistsError, match=r"has a run, saved after step 8; resume it .*out=FOLDER"):
         train(make_config(), console=quiet)
 
 
