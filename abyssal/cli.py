@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from abyssal.engine import LLM, Piece, Sampling, Totals
+    from abyssal.engine import LLM, Piece, Totals
 
 app = typer.Typer(
     help="DeepSeek-V3, whole: inspect, train, generate, chat.",
@@ -57,7 +57,9 @@ def inspect(
 @app.command()
 def train(
     run: Annotated[str, typer.Argument(help="A packaged run (small, tiny), a TOML or JSON file, or a run's folder.")],
-    settings: Annotated[list[str] | None, typer.Argument(help="KEY=VALUE or model.KEY=VALUE, as many as wanted.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE or model.KEY=VALUE, as many as wanted.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest state.")] = False,
 ) -> None:
     """Train a model, with progress, states to resume from, metrics and a picture at the end."""

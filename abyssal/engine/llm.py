@@ -61,7 +61,9 @@ class LLM:
         modules = len(self.model.mtp)
         self.drafts = modules if drafts is None else drafts
         if self.drafts < 0 or (self.drafts and not modules):
-            raise ValueError(f"drafts: expected 0{' or more' if modules else ', as there is no MTP module'}, got {drafts}")
+            raise ValueError(
+                f"drafts: expected 0{' or more' if modules else ', as there is no MTP module'}, got {drafts}"
+            )
         self.max_batch, self.max_context, self.compiled = max_batch, max_context, compiled
         self.totals = Totals()  # of the last call
         self._runner: Runner | None = None

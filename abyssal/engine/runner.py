@@ -38,9 +38,7 @@ def can_compile(model: Transformer) -> bool:
 class Runner:
     """`pages` sequences of up to `page_size` tokens, known by their page; at most `width` tokens of each a step."""
 
-    def __init__(
-        self, model: Transformer, pages: int, page_size: int, width: int = 1, compiled: bool = False
-    ) -> None:
+    def __init__(self, model: Transformer, pages: int, page_size: int, width: int = 1, compiled: bool = False) -> None:
         self.model = model
         weight = model.embed.weight
         self.device = weight.device

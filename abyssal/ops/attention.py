@@ -32,10 +32,11 @@ def attention(
     up to l - t + j. Both rotary arguments are None where nothing is decoupled.
 
     Paths: "reference" (any dtype and device; memory H·t·l a sequence), "sdpa" (PyTorch's flash attention on a CPU,
-    sequence by sequence), "varlen" (PyTorch's flash attention on CUDA, no host synchronisation). None chooses.
+    sequence by sequence), "varlen" (PyTorch's flash attention on CUDA, in 16 bits, no host synchronisation). None chooses.
     """
     if path is None:
-        path = "sdpa" if q_nope.device.type == "cpu" else "varlen"
+        narrow = q_nope.dtype in (torch.bfloat16, torch.float16)
+        path = "sdpa" if q_nope.device.type == "cpu" else "varlen" if narrow else "reference"
     if path == "reference":
         return _reference(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, scale)
     q, k, v_wide = _joined(q_nope, q_rope, k_nope, k_rope, v)

@@ -94,7 +94,7 @@ def test_sampled_output_has_the_model_s_distribution() -> None:
     llm = LLM(model, max_batch=50, drafts=1, compiled=False)
     outputs = llm.generate([prompt] * draws, [Sampling(**sampling, seed=s) for s in range(draws)])  # type: ignore[arg-type]
     assert 0 < llm.totals.accepted < llm.totals.drafted
-    seen = {pair: 0 for pair in exact}
+    seen = dict.fromkeys(exact, 0)
     for o in outputs:
         seen[o.tokens[0], o.tokens[1]] += 1
     assert all(seen[pair] == 0 for pair, p in exact.items() if p == 0)
@@ -121,7 +121,9 @@ def test_speculation_can_be_refused_by_one_request_of_a_batch() -> None:
 
 def test_penalties_count_drafts() -> None:
     """With a penalty that forbids repeating, no token comes twice, drafted or not."""
-    sampling = Sampling(max_tokens=15, temperature=0, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=90.0)
+    sampling = Sampling(
+        max_tokens=15, temperature=0, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=90.0
+    )
     plain = LLM(make(), drafts=0).generate(prompts(), sampling)
     assert [o.tokens for o in LLM(make(), drafts=3).generate(prompts(), sampling)] == [o.tokens for o in plain]
     assert all(len(set(o.tokens)) == len(o.tokens) for o in plain)

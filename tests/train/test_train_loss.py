@@ -91,7 +91,7 @@ def test_loss_is_the_mean_over_positions_that_have_a_target(make_config, batches
         all_logits = [model(tokens, [n]), *model.predict(tokens, [n])]
         for d, logits in enumerate(all_logits):
             for t in range(n - 1 - d):
-                sums[d] -= float(weight[t + 1 + d] * logits[t].log_softmax(-1)[tokens[t + 1 + d]])
+                sums[d] -= float(weight[t + 1 + d] * logits[t].detach().log_softmax(-1)[tokens[t + 1 + d]])
                 weights[d] += float(weight[t + 1 + d])
         start += n
     means = [s / w for s, w in zip(sums, weights, strict=True)]
