@@ -206,6 +206,7 @@ def _llm(
             max_batch=batch,
             drafts=drafts if speculation else 0,
             compiled=compiled,
+            say=(lambda text: None) if quiet else None,
         )
 
 

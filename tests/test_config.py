@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 import abyssal
 from abyssal.config import ConfigError, ModelConfig, Yarn, preset_names, yarn_mscale
 
-PUBLIC = "deepseek-v3 deepseek-v2 deepseek-v2-lite moonlight-16b-a3b kimi-k2 joyai-llm-flash glm-4.7-flash".split()
+PUBLIC = [
+    "deepseek-v3",
+    "deepseek-v2",
+    "deepseek-v2-lite",
+    "moonlight-16b-a3b",
+    "kimi-k2",
+    "joyai-llm-flash",
+    "glm-4.7-flash",
+]
 
 
 def public(**changes: Any) -> dict[str, Any]:
@@ -144,7 +152,7 @@ def test_fp8_is_read() -> None:
 def test_it_is_read_from_a_folder_a_file_or_a_name(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(public()))
     assert ModelConfig.load(tmp_path) == ModelConfig.load(tmp_path / "config.json") == ModelConfig.from_dict(public())
-    with pytest.raises(FileNotFoundError, match="neither a preset .*deepseek-v3.* nor a folder"):
+    with pytest.raises(FileNotFoundError, match=r"neither a preset .*deepseek-v3.* nor a folder"):
         ModelConfig.load("deepseek-v5")
 
 

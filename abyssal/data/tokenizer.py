@@ -56,9 +56,9 @@ class Tokenizer:
     """Text to ids and back, exactly: `decode(encode(text)) == text` for every text that UTF-8 can hold.
 
     `vocab_size` is the highest id + 1 (a model's vocabulary may be wider: DeepSeek-V3's is 129,280 with 128,815
-    ids). `bos_id` and `eos_id` are None where `tokenizer_config.json` names none; `adds_bos` says whether its model wants
-    the first before a prompt, which `encode` leaves to its caller. `fingerprint` changes with any
-    byte of the files. Encoding may be called from several threads.
+    ids). `bos_id` and `eos_id` are None where `tokenizer_config.json` names none; `adds_bos` says whether its model
+    wants the first before a prompt, which `encode` leaves to its caller. `fingerprint` changes with any byte of the
+    files. Encoding may be called from several threads.
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:

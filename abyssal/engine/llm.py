@@ -1,9 +1,10 @@
 """`LLM`: the engine's face. Prompts of any lengths in, text out as it becomes certain."""
 
 import json
+import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from abyssal.costs import mha_cache_bytes
 from abyssal.data.tokenizer import Tokenizer
+from abyssal.engine.compiled import can_compile
 from abyssal.engine.request import Output, Piece, Request, Totals
-from abyssal.engine.runner import Runner, can_compile
+from abyssal.engine.runner import Runner
 from abyssal.engine.sampling import Sampling, verify
 from abyssal.engine.speculation import Drafter, Speculated
 from abyssal.model.transformer import Transformer
@@ -29,7 +31,8 @@ class LLM:
     `model` is a public-format folder, a hub id, or a Transformer. `max_batch` sequences are decoded at once; each may
     hold `max_context` tokens (None: as many as a call needs, at most the model's). `drafts` is how many tokens the
     MTP modules draft a step (None: one for each module). `compiled` None compiles the decoding step on a CPU with a
-    C++ compiler where a call may generate WORTH_COMPILING tokens or more.
+    C++ compiler where a call may generate WORTH_COMPILING tokens or more. `say` is told when that happens (None: the
+    standard error).
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class LLM:
         max_context: int | None = None,
         drafts: int | None = None,
         compiled: bool | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         if isinstance(model, Transformer):
             self.model, self.tokenizer = model, tokenizer
@@ -66,6 +70,7 @@ class LLM:
             )
         self.max_batch, self.max_context, self.compiled = max_batch, max_context, compiled
         self.totals = Totals()  # of the last call
+        self._say = say or (lambda text: print(text, file=sys.stderr))
         self._runner: Runner | None = None
 
     # ---- the face -----------------------------------------------------------------------------------------
@@ -248,11 +253,11 @@ class LLM:
         compiled = self.compiled
         if compiled is None:
             most = sum(r.sampling.max_tokens for r in requests)
-            compiled = most >= WORTH_COMPILING and can_compile(self.model)
+            compiled = most >= WORTH_COMPILING and can_compile(self.model.embed.weight.device)
         old = self._runner
         if old is None or old.pages != pages or old.cache.page_size < size or old.compiled != compiled:
             self._runner = None  # frees the old cache before the new one is made
-            self._runner = Runner(self.model, pages, size, 1 + self.drafts, compiled)
+            self._runner = Runner(self.model, pages, size, 1 + self.drafts, compiled, self._say)
         runner = self._runner
         assert runner is not None
         self.totals = Totals(cache_bytes=runner.cache.bytes)

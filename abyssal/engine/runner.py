@@ -1,17 +1,14 @@
 """The model over its latent cache: prompts in, then a few tokens at a time for every sequence at once.
 
-The decoding step can be compiled, once for a number of rows: on a CPU that is what lets it read the weights at the
-speed of memory (docs/benchmarks.md). Everything else runs eagerly.
+The decoding step can be compiled (`compiled.py`), then for every page at once; everything else runs eagerly.
 """
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from abyssal.engine.compiled import Compiled
 from abyssal.model.cache import Cache
 from abyssal.model.packing import Packing
 from abyssal.model.positions import rotary
@@ -19,33 +16,26 @@ from abyssal.model.transformer import Transformer
 
 PREFILL_CHUNK = 4096  # tokens of a prompt taken at once: bounds what a long prompt needs beside its latents
 
-Step = Callable[[Tensor, Packing], tuple[Tensor, Tensor]]
-
-
-def compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on a CPU, or None where there is none."""
-    return next((found for name in ("g++", "clang++", "c++") if (found := shutil.which(name))), None)
-
-
-def can_compile(model: Transformer) -> bool:
-    """Whether the decoding step of `model` can be compiled here: on a CPU it takes a compiler and Python's headers."""
-    if model.embed.weight.device.type != "cpu":
-        return False
-    headers = sysconfig.get_paths()["include"]
-    return compiler() is not None and os.path.exists(f"{headers}/Python.h")
-
 
 class Runner:
     """`pages` sequences of up to `page_size` tokens, known by their page; at most `width` tokens of each a step."""
 
-    def __init__(self, model: Transformer, pages: int, page_size: int, width: int = 1, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        pages: int,
+        page_size: int,
+        width: int = 1,
+        compiled: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> None:
         self.model = model
         weight = model.embed.weight
         self.device = weight.device
         self.cache = Cache.allocate(model.leaves(), pages, page_size, weight.dtype, weight.device)
         self.pages, self.width, self.compiled = pages, width, compiled
-        self._step: Step = torch.compile(self._main, dynamic=False, fullgraph=True) if compiled else self._main
-        self._draft_step = torch.compile(self._first, dynamic=False, fullgraph=True) if compiled else self._first
+        self._step = Compiled(self._main, say) if compiled else self._main
+        self._draft_step = Compiled(self._first, say) if compiled else self._first
 
     def _main(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
         states = self.model.hidden(tokens, packing, self.cache).states

@@ -32,7 +32,8 @@ def attention(
     up to l - t + j. Both rotary arguments are None where nothing is decoupled.
 
     Paths: "reference" (any dtype and device; memory H·t·l a sequence), "sdpa" (PyTorch's flash attention on a CPU,
-    sequence by sequence), "varlen" (PyTorch's flash attention on CUDA, in 16 bits, no host synchronisation). None chooses.
+    sequence by sequence), "varlen" (PyTorch's flash attention on CUDA, in 16 bits, without a host
+    synchronisation). None chooses.
     """
     if path is None:
         narrow = q_nope.dtype in (torch.bfloat16, torch.float16)

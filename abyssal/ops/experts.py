@@ -48,16 +48,21 @@ def _reference(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, w
 
 
 def _rowwise(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """A compiler fuses the indexing of the weights into the sums: no expert is copied. The choices are sorted, so
-    that an expert picked twice is met again while it is in the cache."""
+    """A compiler fuses the indexing of the weights into the sums: no expert is copied. Several tokens' choices are
+    sorted, so that an expert picked twice is met again while it is in the cache."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    expert, order = indices.flatten().sort(stable=True)
-    rows = x.to(wide)[order // indices.shape[1], None]
+    tokens, chosen = indices.shape
+    expert, order = indices.flatten(), torch.arange(tokens * chosen, device=x.device)
+    if tokens > 1:
+        expert, order = expert.sort(stable=True)
+    rows = x.to(wide)[order // chosen, None]
     gate = weights.flatten()[order, None]
     hidden = silu((w1[expert].to(wide) * rows).sum(-1)) * (w3[expert].to(wide) * rows).sum(-1) * gate
     hidden = hidden.to(x.dtype).to(wide)
     y = (w2[expert].to(wide) * hidden[:, None]).sum(-1)
-    return y[order.argsort()].unflatten(0, indices.shape).sum(1).to(x.dtype)
+    if tokens > 1:
+        y = y[order.argsort()]
+    return y.unflatten(0, (tokens, chosen)).sum(1).to(x.dtype)
 
 
 def _sorted(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,13 @@ import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import abyssal
 from abyssal.config import ConfigError, ModelConfig
 from abyssal.data import TokenSet
 from abyssal.model.balance import Balance
@@ -139,7 +139,7 @@ class Trainer:
             "data": {key: self.token_set.index.get(key) for key in DATA_KEYS},
             "machine": {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")},
             "made_by": {
-                "abyssal": version("abyssal"),
+                "abyssal": abyssal.__version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),

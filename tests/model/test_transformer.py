@@ -173,14 +173,14 @@ def test_the_guard_sees_a_value_read() -> None:
         torch.ones(3, device="meta").tolist()
 
 
-@pytest.mark.parametrize("dtype, width", [(torch.bfloat16, 16), (torch.bfloat16, 12), (torch.float32, 16)])
-def test_training_reads_nothing_on_the_host(dtype: torch.dtype, width: int) -> None:
+@pytest.mark.parametrize("width", [16, 12])
+def test_training_reads_nothing_on_the_host(width: int) -> None:
     """On "meta" tensors have no values to read: forward, MTP, losses, balance and the backward pass as a GPU has
-    them; grouped products in bfloat16, the reference in float32 and where rows are not of 16 bytes."""
+    them in bfloat16; grouped products, and the reference where rows are not of 16 bytes."""
     from abyssal.model.balance import Balance, auxiliary_loss, sequence_balance_loss
 
     with torch.device("meta"):
-        model = Transformer(tiny_config(num_nextn_predict_layers=2, moe_intermediate_size=width)).to(dtype)
+        model = Transformer(tiny_config(num_nextn_predict_layers=2, moe_intermediate_size=width)).to(torch.bfloat16)
         tokens = torch.zeros(19, dtype=torch.int64)
     packing = meta_packing(19, 4)
     with NoHost():

@@ -20,18 +20,8 @@ from abyssal.train.metrics import Metrics
 from abyssal.train.state import newest_state, prune_states, read_trainer, save_state, state_folder
 from abyssal.train.trainer import Trainer
 
-CURVE = [
-    "step",
-    "tokens",
-    "loss",
-    "main_loss",
-    "mtp_losses",
-    "balance_loss",
-    "grad_norm",
-    "lr",
-    "max_violation",
-    "validation",
-]
+CURVE = ["step", "tokens", "loss", "main_loss", "mtp_losses", "balance_loss", "grad_norm", "lr", "max_violation"]
+CURVE += ["validation"]
 SCRIPT = """
 import sys, torch
 torch.set_num_threads(1)
