@@ -100,15 +100,23 @@ def test_angles_are_not_rounded_with_the_model() -> None:
     assert cos[0, 0].item() == pytest.approx(math.cos(4001), abs=1e-4)
 
 
-def test_attention_sees_distances_alone() -> None:
-    """The same tokens further on give the same states: decoupled RoPE is relative."""
-    model = tiny_model(rope_scaling=Yarn(4.0, 8, mscale=1.0, mscale_all_dim=0.5))
+@pytest.mark.parametrize("rung", [("mla", "decoupled"), *((a, "rope") for a in ("mla", "mha", "gqa", "mqa"))])
+def test_attention_sees_distances_alone(rung: tuple[str, str]) -> None:
+    """The same tokens further on in a cache give the same states: queries and keys are rotated alike."""
+    attention, position = rung
+    model = tiny_model(
+        attention=attention, position=position, qk_rope_head_dim=4 if position == "decoupled" else 0,
+        num_key_value_heads=3, rope_scaling=Yarn(4.0, 8, mscale=1.0, mscale_all_dim=0.5),
+    )  # fmt: skip
     tokens = random_tokens(6)
     here = Packing.of([6], tokens)
-    there = Packing(here.cu_seqlens, here.positions + 37, 6)
+    stretched = Packing(here.cu_seqlens, here.positions * 2, 6)
     with torch.no_grad():
-        a, b = model.hidden(tokens, here).states, model.hidden(tokens, there).states
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+        states = model.hidden(tokens, here).states
+        # Coupled RoPE on a latent counts its keys' places itself where they come from a cache, and only there.
+        there = Packing(here.cu_seqlens, here.positions + 37, 6)
+        torch.testing.assert_close(model.hidden(tokens, there).states, states, atol=1e-4, rtol=0)
+        assert (model.hidden(tokens, stretched).states - states).abs().max() > 1e-2
 
 
 def test_added_positions_by_hand() -> None:

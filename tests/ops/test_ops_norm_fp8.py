@@ -46,11 +46,15 @@ def test_each_block_of_128_by_128_has_its_scale(shape) -> None:
             assert torch.equal(out[..., r, c], expected)
 
 
-def test_dequantised_is_rounded_once() -> None:
-    values = torch.tensor([[1.125]]).to(torch.float8_e4m3fn)
-    scale = torch.tensor([[1.003]])
-    assert dequantize(values, scale, torch.bfloat16).item() == torch.tensor(1.125 * 1.003).bfloat16().item()
-    assert dequantize(values, scale, torch.bfloat16).dtype == torch.bfloat16
+def test_dequantised_is_multiplied_in_float32_and_rounded_once() -> None:
+    """In bfloat16 the scale would be rounded before the product, and then the product again."""
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(128, 128, generator=g).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[1.00375]])
+    out = dequantize(values, scale, torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, (values.float() * 1.00375).bfloat16())
+    assert not torch.equal(out, values.bfloat16() * scale.bfloat16())
 
 
 @pytest.mark.parametrize("shape", [(128, 256), (130, 200), (2, 129, 64)])
