@@ -42,6 +42,9 @@ _REQUIRED = [
     *("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"),
 ]
 
+# And of a model with experts: other programs fill these in with V3's own sizes, where we should have to guess.
+_REQUIRED_WITH_EXPERTS = ["moe_intermediate_size", "num_experts_per_tok", "routed_scaling_factor"]
+
 # Fields whose public spelling is not their own name.
 _SPELLED_APART = {"rope_theta", "rope_scaling", "fp8", "first_k_dense_replace", "num_nextn_predict_layers"}
 _FIELDS = {f.name for f in dataclasses.fields(ModelConfig)} - {"source"}
@@ -55,7 +58,13 @@ def read_public(public: dict[str, Any]) -> dict[str, Any]:
     for key, value in _FIXED.items():
         if public.get(key) is not None and public[key] != value:
             raise ConfigError(f"{key}: abyssal implements {value!r} alone, got {public[key]!r}")
-    for key in _REQUIRED:
+    routed = public.get("n_routed_experts") is not None
+    grouped = model_type == "deepseek_v3" and routed
+    for key in [
+        *_REQUIRED,
+        *(_REQUIRED_WITH_EXPERTS if routed else ()),
+        *(("n_group", "topk_group", "first_k_dense_replace") if grouped else ()),
+    ]:
         if key not in public:
             raise ConfigError(f"{key}: missing")
 

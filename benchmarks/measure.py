@@ -6,11 +6,10 @@ a process that measures one cell of one engine and prints one line of JSON.
 
 import json
 import random
-import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 MARK = "RESULT "
 WARM_STEPS = 4
 LEAST_STEPS = 4  # of a timed pass, however slow
+COMPARED_LOSSES = 3  # training steps whose losses are compared between the engines
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,6 @@ def call_rates(call: Callable[[], object], tokens: int, job: Job) -> list[float]
         call()
         rates.append(tokens / (time.perf_counter() - start))
     return rates
-
-
-def best(rates: Sequence[float]) -> float:
-    return max(rates)
-
-
-def median(rates: Sequence[float]) -> float:
-    return statistics.median(rates)
 
 
 class MemoryWatch:

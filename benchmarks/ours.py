@@ -1,6 +1,7 @@
 """abyssal's worker: one job of `cpu.py`, through the engine's Runner and the trainer's own losses and optimizer."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import measure
@@ -18,17 +19,17 @@ from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
 from abyssal.train.loss import Microbatch, Totals, losses
 from abyssal.train.optimizer import Optimizer
-from abyssal.train.wrap import wrap_blocks
 
 ROUND = 256  # the engine's own rounding of a page
-TRAIN_CHECK = 3  # the step whose loss is compared between the engines
 
 
 def runner(model: Transformer, job: Job) -> Runner:
     """As the engine makes it, with its compiled step where there is a compiler."""
     model.eval().requires_grad_(False)
     size = -(-(job.context + job.steps + 1) // ROUND) * ROUND
-    return Runner(model, job.batch, size, 1, job.variant.get("compiled", True) and can_compile(model.embed.weight.device))
+    return Runner(
+        model, job.batch, size, 1, job.variant.get("compiled", True) and can_compile(model.embed.weight.device)
+    )
 
 
 def fill(run: Runner, job: Job) -> None:
@@ -42,7 +43,7 @@ def fill(run: Runner, job: Job) -> None:
                 pages[other].copy_(pages[0])
 
 
-def stepper(run: Runner, job: Job):  # type: ignore[no-untyped-def]
+def stepper(run: Runner, job: Job) -> Callable[[int, list[int]], list[int]]:
     """One decoding step of every sequence, and the greedy choice after it."""
 
     def step(i: int, tokens: list[int]) -> list[int]:
@@ -84,23 +85,22 @@ def routing(job: Job, model: Transformer) -> None:
     """How tokens spread over experts: of all layers, the busiest expert's share against an even one, the share of
     experts that a prompt uses, and how many of a layer's a step of 8 tokens meets."""
     tokens = torch.tensor(measure.prompt(job))
-    busiest, used, step = [], [], []
+    busiest, used, step, chosen = [], [], [], 0.0
     for found in model.hidden(tokens, Packing.of([len(tokens)], tokens)).routings:
         experts = found.scores.shape[1]
         counts = found.indices.flatten().bincount(minlength=experts)
         busiest.append(float(counts.max() / counts.float().mean()))
         used.append(float((counts > 0).float().mean()))
         step += [len(rows.unique()) / experts for rows in found.indices.split(8)]
-    measure.report({"busiest": max(busiest), "used": min(used), "used_by_8_tokens": sum(step) / len(step)})
+        chosen = found.indices.shape[1] / experts
+    by_8 = sum(step) / len(step)
+    measure.report({"busiest": max(busiest), "used": min(used), "used_by_1_token": chosen, "used_by_8_tokens": by_8})
 
 
 def train(job: Job, model: Transformer) -> None:
     """Forward, backward, the gradient's norm and clipping, and AdamW, of one packed batch."""
-    settings = TrainConfig(
-        model=job.model, out=Path("."), steps=100, sequence_balance=0.0, compile=job.variant.get("compile", False)
-    )
+    settings = TrainConfig(model=job.model, out=Path("."), steps=100, sequence_balance=0.0)
     optimizer = Optimizer(model, settings, getattr(torch, job.dtype))
-    wrap_blocks(model, settings)
     tokens = torch.tensor(measure.random_tokens(job.batch * job.context, job.vocab, seed=3))
     micro = Microbatch.of(Batch(tokens, [job.context] * job.batch, torch.ones(tokens.shape[0])), 0)
     totals, seen = Totals.of([micro]), []
@@ -113,7 +113,7 @@ def train(job: Job, model: Transformer) -> None:
         seen.append(float(loss.detach()))
 
     rates = measure.call_rates(call, tokens.shape[0], job)
-    measure.report({"rates": rates, "losses": seen[:TRAIN_CHECK]})
+    measure.report({"rates": rates, "losses": seen[: measure.COMPARED_LOSSES]})
 
 
 def memory(job: Job) -> None:

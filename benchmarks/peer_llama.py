@@ -16,6 +16,8 @@ from measure import Job
 # A sequence's share of the cache is rounded up by llama.cpp; the shares are asked for in this unit already.
 ROUND = 256
 
+CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30}  # ggml's numbers; the binding does not name the last
+
 _silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
 
 
@@ -39,7 +41,7 @@ class Engine:
         params.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        params.type_k = params.type_v = getattr(llama_cpp, f"GGML_TYPE_{job.variant.get('cache', 'f16').upper()}")
+        params.type_k = params.type_v = CACHE_TYPES[job.variant.get("cache", "f16")]
         params.kv_unified = False
         params.no_perf = True
         self.largest = int(params.n_batch)

@@ -1,7 +1,7 @@
 """transformers' worker: one job of `cpu.py`, in whichever of its modes the job names.
 
 Modes (`variant`): `experts` eager, batched_mm or grouped_mm; `attention` sdpa or eager; `static` a preallocated cache
-and a compiled step, as its documentation advises; `compile` compiled layers in training.
+and a compiled step, as its documentation advises.
 """
 
 from typing import Any
@@ -12,8 +12,6 @@ import torch
 import transformers
 from measure import Job
 from transformers import DynamicCache, StaticCache
-
-TRAIN_CHECK = 3
 
 
 def load(job: Job) -> Any:
@@ -28,12 +26,19 @@ def experts(model: Any, name: str) -> None:
     model.set_experts_implementation(name)
 
 
+def empty_cache(model: Any, length: int | None = None) -> Any:
+    """One that grows, or one of a fixed length."""
+    if length is None:
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=length)
+
+
 class Decoder:
     """A cache of `context` tokens in every sequence, and single steps from there."""
 
     def __init__(self, model: Any, job: Job) -> None:
         self.model, self.job = model, job
-        self.cache: Any = DynamicCache(config=model.config)
+        self.cache = empty_cache(model)
         # Gathering each token's experts, which batched_mm does, would take tens of gigabytes in a long prompt.
         chosen = job.variant.get("experts", "eager")
         experts(model, "grouped_mm" if chosen == "batched_mm" else chosen)
@@ -48,7 +53,7 @@ class Decoder:
         self.forward = model
         if job.variant.get("static"):
             dynamic, length = self.cache, job.context + job.steps
-            self.cache = StaticCache(config=model.config, max_cache_len=length)
+            self.cache = empty_cache(model, length)
             for i, layer in enumerate(dynamic.layers):
                 self.cache.update(layer.keys, layer.values, i)
             self.before.clear()
@@ -81,7 +86,7 @@ def prefill(job: Job, model: Any) -> None:
     tokens = torch.tensor([measure.prompt(job)])
 
     def call() -> int:
-        cache = DynamicCache(config=model.config)
+        cache = empty_cache(model)
         found = model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return int(found.logits[:, -1].argmax())
 
@@ -103,9 +108,6 @@ def train(job: Job, model: Any) -> None:
     rest = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=2.2e-4, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    if job.variant.get("compile"):
-        for layer in model.model.layers:
-            layer.compile()
     flat = measure.random_tokens(job.batch * job.context, job.vocab, seed=3)
     tokens, seen = torch.tensor(flat).view(job.batch, job.context), []
 
@@ -118,7 +120,7 @@ def train(job: Job, model: Any) -> None:
         seen.append(float(loss.detach()))
 
     rates = measure.call_rates(call, tokens.numel(), job)
-    measure.report({"rates": rates, "losses": seen[:TRAIN_CHECK]})
+    measure.report({"rates": rates, "losses": seen[: measure.COMPARED_LOSSES]})
 
 
 @torch.inference_mode()

@@ -308,7 +308,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"topk_group": 0}, "topk_group: "),
     ({"n_routed_experts": 0}, "n_routed_experts: expected a positive number or null, got 0"),
     ({"n_shared_experts": -1}, "n_shared_experts: expected 0 or more, got -1"),
-    ({"moe_intermediate_size": ...}, "moe_intermediate_size: expected a positive number, got 0"),
+    ({"moe_intermediate_size": ...}, "moe_intermediate_size: missing"),
     ({"first_k_dense_replace": -1}, "first_k_dense_replace: expected 0 or more, got -1"),
     ({"num_nextn_predict_layers": -1}, "num_nextn_predict_layers: expected 0 or more, got -1"),
     ({"q_lora_rank": 0}, "q_lora_rank: expected a positive number or null, got 0"),

@@ -114,6 +114,8 @@ class LLM:
                 yield from self._step(runner, drafter, running)
             for s in active:
                 if s.request.finish is not None:
+                    if s.request.finish == "error":
+                        runner.clear(s.page)
                     free.append(s.page)
                     yield Piece(s.request.index, "", s.request.output())
             active = [s for s in active if s.request.finish is None]

@@ -54,6 +54,14 @@ class Runner:
     def _packing(self, lengths: Sequence[int], before: Sequence[int], pages: Sequence[int]) -> Packing:
         return self.cache.contiguous_packing(lengths, before, pages, self.device)
 
+    def clear(self, page: int) -> None:
+        """Zeroes a page whose sequence failed: what is not a number there would reach the next sequence, since
+        attention multiplies rows past a sequence's end by 0."""
+        rows = slice(page * self.cache.page_size, (page + 1) * self.cache.page_size)
+        for layer in self.cache.layers:
+            for left in layer.values():
+                left[rows] = 0
+
     @torch.inference_mode()
     def prefill(self, page: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A prompt into an empty page: (states `[T, D]`, logits `[vocab]` after its last token)."""

@@ -48,7 +48,7 @@ class Gate(Pinned):
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
         indices = self.pick(scores if self.bias is None else scores + self.bias)
         weights = scores.gather(1, indices)
-        if c.norm_topk_prob and c.num_experts_per_tok > 1:
+        if c.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(weights * c.routed_scaling_factor, indices, scores)
 

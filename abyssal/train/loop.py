@@ -79,6 +79,7 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
         f"{count / 1e6:.1f}M parameters in {trainer.dtype} on {trainer.device}; {split.tokens:,} tokens in "
         f"{split.documents:,} documents, {config.batch_tokens * config.accumulate:,} a step",
         highlight=False,
+        soft_wrap=True,
     )
     interrupted = _run(trainer, console)
     records = read_metrics(out / METRICS)

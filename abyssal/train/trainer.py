@@ -63,6 +63,8 @@ class Trainer:
             )
         self.config = config
         self.device, self.dtype = resolve_device(config)
+        if config.compile and self.device.type == "cpu" and model.n_routed_experts is not None:
+            raise ConfigError("compile: on a CPU the experts' product cannot be compiled for training; say false")
         self.done, self.seconds = 0, 0.0
         generator = torch.Generator().manual_seed(config.seed)
         # Always initialised on the CPU and in float32, so that a seed means one model everywhere.

@@ -164,6 +164,10 @@ def test_a_failure_is_one_request_s_alone() -> None:
     assert [o.tokens for o in outputs[:-1]] == expected
     assert (outputs[-1].finish, outputs[-1].tokens) == ("error", [])
     assert "finite" in str(outputs[-1].error)
+    # The page it leaves behind serves the next sequence as if nothing had happened.
+    llm = LLM(model, drafts=0, max_batch=1)
+    failed, *others = llm.generate([[1, poisoned], *prompts()], GREEDY)
+    assert failed.finish == "error" and [o.tokens for o in others] == expected
 
 
 def test_the_cache_is_what_it_says() -> None:

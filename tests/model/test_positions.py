@@ -113,7 +113,6 @@ def test_attention_sees_distances_alone(rung: tuple[str, str]) -> None:
     stretched = Packing(here.cu_seqlens, here.positions * 2, 6)
     with torch.no_grad():
         states = model.hidden(tokens, here).states
-        # Coupled RoPE on a latent counts its keys' places itself where they come from a cache, and only there.
         there = Packing(here.cu_seqlens, here.positions + 37, 6)
         torch.testing.assert_close(model.hidden(tokens, there).states, states, atol=1e-4, rtol=0)
         assert (model.hidden(tokens, stretched).states - states).abs().max() > 1e-2

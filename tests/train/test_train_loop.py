@@ -152,6 +152,7 @@ def _firsts(document):
     [
         ({"sequence": 1000}, "sequence: 1000, the model's max_position_embeddings is 512"),
         ({"model": {"vocab_size": 270}}, r"model.vocab_size: the tokenizer has \d+ ids, the model 270"),
+        ({"compile": True}, "compile: on a CPU the experts' product cannot be compiled for training"),
         ({"device": "cuda:77"}, "device: 'cuda:77' cannot be used"),
     ],
 )

@@ -110,7 +110,7 @@ def test_killed_many_times(make_config, quiet, tmp_path, changes):
     assert curve(config.out) == curve(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_the_state_and_says_how_to_go_on(make_config, quiet, tmp_path, number):
     config = make_config(out=str(tmp_path / "stopped"), steps=500, save_every=500, validate_every=500)
     process = start(config, tmp_path)
