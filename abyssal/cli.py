@@ -42,6 +42,7 @@ def inspect(
     model: Annotated[str, typer.Argument(help="A preset's name, or a folder with a config.json.")],
     context: Annotated[int, typer.Option(help="Tokens of context that FLOPs are counted at.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw parameters and cache into this PNG, too.")] = None,
 ) -> None:
     """Parameters, FLOPs, weight bytes and cache bytes of a model, allocating nothing."""
     from abyssal.config import ModelConfig
@@ -52,6 +53,11 @@ def inspect(
         print(json.dumps(costs.to_dict(), indent=2))
     else:
         Console().print(costs.render())
+    if picture is not None:
+        from abyssal.costs_picture import draw
+
+        draw(costs, model, picture)
+        Console(stderr=True).print(f"picture: {picture}", highlight=False, soft_wrap=True)
 
 
 @app.command()

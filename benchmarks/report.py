@@ -43,7 +43,14 @@ def replaced(old: str, text: str) -> str:
 
 
 def section(results: Results) -> str:
-    parts = [_heading(results), _speeds(results), _flatness(results), _memory(results), _notes(results)]
+    parts = [
+        _heading(results),
+        _speeds(results),
+        _flatness(results),
+        _memory(results),
+        _notes(results),
+        _modes(results),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -143,27 +150,31 @@ def _memory(results: Results) -> str:
     if not entries:
         return ""
     lines = [
-        "Peak anonymous resident memory above what the imports take, the compiler's included (MB): while a prompt is "
-        "taken in, while the step is compiled or fetched from the disk and first run, and while decoding.",
+        "Peak anonymous resident memory above what the imports take, the compiler's own included (MB): while the "
+        "weights are loaded, a prompt taken in, the step made ready and first run, and while decoding. The step is "
+        "compiled in this process, or found on the disk, as it is from the second process on.",
         "",
-        "| | dtype | weights + latents | abyssal: load / prompt / first step / decoding | peak over weights + latents "
-        "| transformers, peak |",
-        "|---|---|---|---|---|---|",
+        "| | dtype | step | weights + latents | abyssal: load / prompt / first step / decoding "
+        "| peak over weights + latents | transformers, peak |",
+        "|---|---|---|---|---|---|---|",
     ]
     for entry in entries:
-        ours, theirs = entry["engines"].get(OURS, {}), entry["engines"].get(TRANSFORMERS, {})
-        row = [f"batch {entry['batch']} × {entry['context']}", entry["dtype"]]
-        if "peaks" in ours:
-            above = {name: peak - ours["with_compiler"] for name, peak in ours["peaks"].items()}
-            needed = ours["weights"] + ours["latents"]
-            ratio = max(above.values()) / needed
-            missed = "" if ratio < MEMORY_TARGET else "**missed** "
-            row += [_mb(needed), " / ".join(_mb(v) for v in above.values())]
-            row.append(f"{missed}{ratio:.2f} (asked: < {MEMORY_TARGET}); decoding {above['decode'] / needed:.2f}")
-        else:
-            row += ["–", "–", "failed" if ours else "–"]
-        row.append(_mb(max(theirs["peaks"].values()) - theirs["imports"]) if "peaks" in theirs else "–")
-        lines.append(f"| {' | '.join(row)} |")
+        theirs = entry["engines"].get(TRANSFORMERS, {})
+        peak = _mb(max(theirs["peaks"].values()) - theirs["imports"]) if "peaks" in theirs else "–"
+        for step, ours in entry["engines"].get(OURS, {}).items():
+            row = [f"batch {entry['batch']} × {entry['context']}", entry["dtype"], step]
+            if "peaks" in ours:
+                above = {name: found - ours["with_compiler"] for name, found in ours["peaks"].items()}
+                needed = ours["weights"] + ours["latents"]
+                ratio = max(above.values()) / needed
+                missed = "" if ratio < MEMORY_TARGET else "**missed** "
+                row += [_mb(needed), " / ".join(_mb(v) for v in above.values())]
+                row.append(
+                    f"{missed}{ratio:.2f} (asked: < {MEMORY_TARGET}); while decoding {above['decode'] / needed:.2f}"
+                )
+            else:
+                row += ["–", "failed", "–"]
+            lines.append(f"| {' | '.join([*row, peak])} |")
     return "\n".join(lines)
 
 
@@ -200,17 +211,21 @@ def _notes(results: Results) -> str:
     if compiled:
         lines.append(f"- Compiling our decoding step is not in these numbers. {compiled}")
     for cell, engines in measured(results):
-        for peer in (TRANSFORMERS, LLAMA):
-            part = engines.get(peer, {})
-            if part.get("variant"):
-                lines.append(f"- {cell.title}, {cell.dtype}: {peer} ran with {told(part['variant'])}.")
+        for engine, part in engines.items():
             if part.get("failed"):
-                lines.append(f"- {cell.title}, {cell.dtype}: {peer} failed: {part['failed']}.")
-        if engines.get(OURS, {}).get("failed"):
-            lines.append(f"- {cell.title}, {cell.dtype}: ours failed: {engines[OURS]['failed']}.")
+                lines.append(f"- {cell.title}, {cell.dtype}: {engine} failed: {part['failed']}.")
         if losses := _losses(engines):
             lines.append(f"- Losses of the first training steps: {losses}.")
     return "\n".join(lines)
+
+
+def _modes(results: Results) -> str:
+    lines = ["The peers' modes that were fastest, and so the ones above:", "", "| | dtype | transformers | llama.cpp |"]
+    lines.append("|---|---|---|---|")
+    for cell, engines in measured(results):
+        won = [told(engines.get(peer, {}).get("variant", {})) or "–" for peer in (TRANSFORMERS, LLAMA)]
+        lines.append(f"| {cell.title} | {cell.dtype} | {' | '.join(won)} |")
+    return "\n".join(lines) if len(lines) > 4 else ""
 
 
 def _losses(engines: dict[str, Any]) -> str:
@@ -223,13 +238,15 @@ def _losses(engines: dict[str, Any]) -> str:
 
 
 def _compile_times(results: Results) -> str:
-    firsts, agains = [], []
+    firsts, agains, stepped = [], [], False
     for _, engines in measured(results):
-        seconds = [d["first_step_seconds"] for d in engines.get(OURS, {}).get("details", []) if d.get("compiled")]
+        details = [d for d in engines.get(OURS, {}).get("details", []) if "compiled" in d]
+        seconds = [d["first_step_seconds"] for d in details if d["compiled"]]
+        stepped |= bool(details)
         firsts += seconds[:1]
         agains += seconds[1:]
     if not firsts:
-        return "It ran uncompiled, for lack of a C++ compiler." if results["cells"] else ""
+        return "It ran uncompiled, for lack of a C++ compiler." if stepped else ""
     again = f", {max(agains):.0f} s at most when it is on disk already" if agains else ""
     return f"It took {min(firsts):.0f} to {max(firsts):.0f} s the first time{again}."
 
