@@ -32,15 +32,16 @@ def runner(model: Transformer, job: Job) -> Runner:
     )
 
 
-def fill(run: Runner, job: Job) -> None:
+def fill(run: Runner, job: Job) -> torch.Tensor:
     """A prompt of `context` tokens into page 0, and its rows into every other page: what each would hold had it been
-    given the same prompt."""
-    run.prefill(0, measure.prompt(job))
+    given the same prompt. Returns the logits `[1, vocab]` after it."""
+    _, last = run.prefill(0, measure.prompt(job))
     for layer in run.cache.layers:
         for rows in layer.values():
             pages = rows.view(run.pages, run.cache.page_size, -1)
             for other in range(1, run.pages):
                 pages[other].copy_(pages[0])
+    return last[None]
 
 
 def stepper(run: Runner, job: Job) -> Callable[[int, list[int]], list[int]]:
@@ -71,11 +72,11 @@ def prefill(job: Job, model: Transformer) -> None:
 
 
 def logits(job: Job, model: Transformer) -> None:
-    """Of the last token of a prompt and of each decoding step after it, by the path that is timed."""
+    """After a prompt, and of every sequence after each decoding step, by the path that is timed."""
     run = runner(model, job)
-    rows = [run.prefill(0, measure.prompt(job))[1][None]]
+    rows = [fill(run, job)]
     for i, tokens in enumerate(measure.step_tokens(job)):
-        rows.append(run.decode([0], [tokens], [job.context + i])[1][0].clone())
+        rows += run.decode(range(job.batch), [[token] for token in tokens], [job.context + i] * job.batch)[1]
     np.save(job.out, torch.cat(rows).float().numpy())
     measure.report({"compiled": run.compiled})
 

@@ -71,6 +71,12 @@ class Engine:
             last = start + len(part) == len(tokens)
             self.decode(part, range(start, start + len(part)), [0] * len(part), int(last))
 
+    def fill(self, job: Job) -> None:
+        """A prompt of `context` tokens in every sequence."""
+        self.prefill(measure.prompt(job))
+        for other in range(1, job.batch):
+            llama_cpp.llama_memory_seq_cp(self.memory, 0, other, -1, -1)
+
     def logits(self, rows: int) -> np.ndarray:
         """`[rows, vocab]` of the last call, llama.cpp's own memory."""
         found = llama_cpp.llama_get_logits(self.context)
@@ -80,27 +86,25 @@ class Engine:
 def main() -> None:
     job = Job.received()
     if job.kind == "logits":
-        engine, steps = Engine(job, 1, job.context + job.steps), measure.step_tokens(job)
-        engine.prefill(measure.prompt(job))
+        engine = Engine(job, job.batch, job.context + job.steps)
+        engine.fill(job)
         rows = [engine.logits(1).copy()]
-        for i, (token,) in enumerate(steps):
-            engine.decode([token], [job.context + i], [0], 1)
-            rows.append(engine.logits(1).copy())
+        for i, tokens in enumerate(measure.step_tokens(job)):
+            engine.decode(tokens, [job.context + i] * job.batch, range(job.batch), job.batch)
+            rows.append(engine.logits(job.batch).copy())
         np.save(job.out, np.concatenate(rows))
         measure.report({"system": llama_cpp.llama_print_system_info().decode(), "version": llama_cpp.__version__})
     elif job.kind == "prefill":
-        engine, tokens = Engine(job, 1, job.context), measure.prompt(job)
+        engine, prompt = Engine(job, 1, job.context), measure.prompt(job)
 
         def call() -> int:
-            engine.prefill(tokens)
+            engine.prefill(prompt)
             return int(engine.logits(1).argmax())
 
         measure.report({"rates": measure.call_rates(call, job.context, job)})
     elif job.kind == "decode":
         engine = Engine(job, job.batch, job.context + job.steps)
-        engine.prefill(measure.prompt(job))
-        for other in range(1, job.batch):
-            llama_cpp.llama_memory_seq_cp(engine.memory, 0, other, -1, -1)
+        engine.fill(job)
         sequences = range(job.batch)
 
         def step(i: int, tokens: list[int]) -> object:

@@ -96,7 +96,7 @@ def prefill(job: Job, model: Any) -> None:
 @torch.inference_mode()
 def logits(job: Job, model: Any) -> None:
     decoder = Decoder(model, job)
-    rows = [decoder.last, *(decoder.step(i, tokens) for i, tokens in enumerate(measure.step_tokens(job)))]
+    rows = [decoder.last[:1], *(decoder.step(i, tokens) for i, tokens in enumerate(measure.step_tokens(job)))]
     np.save(job.out, torch.cat(rows).float().numpy())
     measure.report({"version": transformers.__version__})
 

@@ -195,8 +195,8 @@ def _notes(results: Results) -> str:
     for entry in results["agreement"]:
         differences = " and ".join(f"{peer} {d:.1e}" for peer, d in entry["difference"].items())
         lines.append(
-            f"- The same weights, {entry['dtype']}: the largest difference from our logits, which reach "
-            f"{entry['largest']:.2f}, over a prompt and cached steps: {differences or 'no peer to compare with'}."
+            f"- The same weights, {entry['dtype']}, batch {entry['batch']}: the largest difference from our logits, "
+            f"which reach {entry['largest']:.2f}, over a prompt and cached steps: {differences or 'no peer'}."
         )
     lines += [
         f"- Routing spreads: over 2048 tokens every layer uses {routing['used']:.0%} of its experts, the "
@@ -270,9 +270,10 @@ def chart(results: Results, file: Path) -> None:
         axis.set_xticks(range(len(own)), [cell.title.replace(", ", "\n") for cell, _ in own], fontsize=9)
         axis.set_ylabel("tokens a second")
         axis.set_title(dtype, loc="left")
-        axis.margins(y=0.12)
+        axis.set_ylim(bottom=1)
+        axis.margins(y=0.1)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, ncols=3, loc="upper right")
+        axis.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
     figure.suptitle(f"{results['machine']['cpu']}, {results['machine']['threads']} threads")
     figure.savefig(file, dpi=130)
     plt.close(figure)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from abyssal.ops.latent_decode import latent_decode
 from abyssal.ops.paged import cumulative, gather_pages
@@ -66,6 +67,29 @@ def test_it_is_the_loop(queries, contexts, page_size, R, H) -> None:
     torch.testing.assert_close(latent_decode(*args), by_loop(*args), atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    "queries, contexts",
+    [([1], [700]), ([3], [700]), ([1], [257]), ([2, 2], [700, 300]), ([1] * 4, [700, 1, 640, 699]), ([2, 2], [700, 2])],
+)
+def test_flash_attention_is_the_reference(threads, queries, contexts) -> None:
+    """Split among threads or not, sequences together (pages in a row, lengths alike) or one by one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, k, rows, cu_q, tables, lens, size, scale = case(queries, contexts, 704)
+        for order in (tables, torch.arange(len(queries), dtype=torch.int32)[:, None]):
+            args = (q, k, rows, cu_q, order, lens, size, scale)
+            torch.testing.assert_close(latent_decode(*args, "flash"), latent_decode(*args, "reference"))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_flash_attention_is_refused_over_several_pages() -> None:
+    with pytest.raises(ValueError, match="contexts of one page"):
+        latent_decode(*case([1], [9], 4), "flash")
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_narrow_dtypes_are_near(dtype, tolerance) -> None:
     args = case([2, 1, 1], [90, 40, 3], 128, dtype=dtype)
@@ -75,7 +99,7 @@ def test_narrow_dtypes_are_near(dtype, tolerance) -> None:
 
 
 def test_a_sequence_is_the_same_in_any_batch() -> None:
-    """Bit for bit: batch mates and the order of pages are no part of the arithmetic of one page."""
+    """Bit for bit, on one thread: batch mates and the order of pages are no part of the arithmetic."""
     q, k, rows, cu_q, tables, lens, size, scale = case([1, 2, 1], [9, 30, 17], 32, dtype=torch.float32)
     together = latent_decode(q, k, rows, cu_q, tables, lens, size, scale)
     for s, (a, b) in enumerate(zip(cu_q.tolist(), cu_q.tolist()[1:])):
