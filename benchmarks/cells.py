@@ -53,35 +53,36 @@ class Cell:
 def cells(short: int, long: int, trained: int) -> Iterator[Cell]:
     """All of them: prompts and contexts of `short` and `long` tokens, training on 4 sequences of `trained`."""
     for dtype in ("float32", "bfloat16"):
-        yield Cell("prefill", dtype, 1, short, {TRANSFORMERS: Target(1.0)})
-        yield Cell("prefill", dtype, 1, long, {LLAMA: Target(1.0, above=True)})
         yield Cell("decode", dtype, 1, short, {TRANSFORMERS: Target(3.0), LLAMA: Target(0.8)})
         yield Cell("decode", dtype, 1, long, {TRANSFORMERS: Target(8.0), LLAMA: Target(0.8)})
         yield Cell("decode", dtype, 8, short)
         yield Cell("decode", dtype, 8, long, {TRANSFORMERS: Target(30.0), LLAMA: Target(1.0, above=True)})
-    yield Cell("train", "float32", 4, trained, {TRANSFORMERS: Target(1.25)})
+        yield Cell("prefill", dtype, 1, short, {TRANSFORMERS: Target(1.0)})
+        yield Cell("prefill", dtype, 1, long, {LLAMA: Target(1.0, above=True)})
+        if dtype == "float32":
+            yield Cell("train", dtype, 4, trained, {TRANSFORMERS: Target(1.25)})
 
 
 MEMORY_TARGET = 1.3  # resident bytes over weights and latents, below
 
 
-def variants(engine: str, cell: Cell) -> list[Variant]:
-    """The modes among which an engine's best is taken. Ours is measured as it comes."""
+def variants(engine: str, cell: Cell, every: bool) -> list[Variant]:
+    """The modes among which an engine's best is taken; with `every` those, too, that have not been the best in any
+    cell, or that compile for minutes. Ours is measured as it comes."""
     if engine == TRANSFORMERS:
-        if cell.kind == "decode":
-            eager: list[Variant] = [
-                {"experts": experts, "attention": attention}
-                for experts, attention in product(("eager", "batched_mm", "grouped_mm"), ("sdpa", "eager"))
-            ]
-            return eager + [{"experts": experts, "static": True} for experts in ("batched_mm", "grouped_mm")]
-        # batched_mm gathers the experts of every token: tens of gigabytes here.
-        both = product(("eager", "grouped_mm"), ("sdpa", "eager"))
-        return [{"experts": experts, "attention": attention} for experts, attention in both]
+        # batched_mm gathers the experts of every token: tens of gigabytes in a prompt.
+        experts = ("eager", "batched_mm", "grouped_mm") if cell.kind == "decode" else ("eager", "grouped_mm")
+        modes: list[Variant] = [
+            {"experts": e, "attention": a} for a, e in product(("sdpa", "eager") if every else ("sdpa",), experts)
+        ]
+        if every and cell.kind == "decode":
+            modes += [{"experts": e, "static": True} for e in ("batched_mm", "grouped_mm")]
+        return modes
     if engine == LLAMA:
         if cell.kind == "prefill":
-            return [{"flash": flash, "ubatch": size} for flash, size in product((False, True), (512, 2048))]
+            return [{"flash": f, "ubatch": u} for f, u in product((False, True), (512, 2048) if every else (512,))]
         own = "f32" if cell.dtype == "float32" else "bf16"
-        return [{"flash": flash, "cache": cache} for flash, cache in product((False, True), ("f16", own))]
+        return [{"flash": f, "cache": c} for f, c in product((False, True), ("f16", own) if every else ("f16",))]
     return [{}]
 
 
