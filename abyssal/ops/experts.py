@@ -95,7 +95,7 @@ class _Loop(torch.autograd.Function):
         token, sizes = order // indices.shape[1], counts.tolist()
         rows, gate = x[token], weights.flatten()[order][:, None]
         a, b = (x.new_empty(rows.shape[0], w1.shape[1]) for _ in range(2))
-        y = torch.zeros_like(x)
+        y_rows = torch.empty_like(rows)
         start = 0
         for e, size in enumerate(sizes):
             if size:
@@ -103,22 +103,24 @@ class _Loop(torch.autograd.Function):
                 torch.mm(rows[part], w1[e].T, out=a[part])
                 torch.mm(rows[part], w3[e].T, out=b[part])
                 hidden = silu(a[part]).mul_(b[part]).mul_(gate[part])
-                y.index_add_(0, token[part], hidden @ w2[e].T)
+                torch.mm(hidden, w2[e].T, out=y_rows[part])
                 start += size
         ctx.save_for_backward(x, w1, w2, w3, order, gate, a, b)
         ctx.sizes, ctx.shape = sizes, indices.shape
-        return y
+        return y_rows[order.argsort()].unflatten(0, indices.shape).sum(1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, w3, order, gate, a, b = ctx.saved_tensors
         token = order // ctx.shape[1]
         rows, dy_rows = x[token], dy[token]
-        dx, d_gate = torch.zeros_like(x), torch.empty_like(gate)
-        dw1, dw2, dw3 = torch.zeros_like(w1), torch.zeros_like(w2), torch.zeros_like(w3)
+        dx_rows, d_gate = torch.empty_like(rows), torch.empty_like(gate)
+        dw1, dw2, dw3 = torch.empty_like(w1), torch.empty_like(w2), torch.empty_like(w3)
         start = 0
         for e, size in enumerate(ctx.sizes):
             if not size:
+                for unused in (dw1[e], dw2[e], dw3[e]):
+                    unused.zero_()
                 continue
             part = slice(start, start + size)
             sigmoid = a[part].sigmoid()
@@ -132,8 +134,9 @@ class _Loop(torch.autograd.Function):
             da = back.mul_(b[part]).mul_(sigmoid + act * (1 - sigmoid))
             torch.mm(da.T, rows[part], out=dw1[e])
             torch.mm(db.T, rows[part], out=dw3[e])
-            dx.index_add_(0, token[part], torch.addmm(da @ w1[e], db, w3[e]))
+            torch.addmm(torch.mm(da, w1[e]), db, w3[e], out=dx_rows[part])
             start += size
+        dx = dx_rows[order.argsort()].unflatten(0, ctx.shape).sum(1)
         d_weights = torch.empty_like(d_gate).index_copy_(0, order, d_gate).view(ctx.shape)
         return dx, dw1, dw2, dw3, None, d_weights
 
