@@ -14,7 +14,7 @@ from abyssal.model.packing import Packing
 from abyssal.model.positions import rotary
 from abyssal.model.transformer import Transformer
 
-PREFILL_CHUNK = 4096  # tokens of a prompt taken at once: bounds what a long prompt needs beside its latents
+PREFILL_CHUNK = 2048  # tokens of a prompt taken at once: bounds what a long prompt needs beside its latents
 
 
 class Runner:
