@@ -17,6 +17,7 @@ from abyssal.checkpoint.errors import CheckpointError
 from abyssal.checkpoint.folder import CONFIG, INDEX, SINGLE, find, pending_config
 from abyssal.checkpoint.names import SCALE_SUFFIX, Slot, Stored, copies, table
 from abyssal.checkpoint.shards import STAMP, nbytes, split, write_shard
+from abyssal.files import sync
 from abyssal.model.transformer import Transformer
 
 _SHARD_BYTES = 5_000_000_000
@@ -66,17 +67,17 @@ def save(model: Transformer, path: str | Path, max_shard_bytes: int = _SHARD_BYT
                 _write(folder / name, stamp, lambda file, shard=shard: write_shard(file, shard, stamp))  # type: ignore[misc]
             index = _index_json(names, shards, stamp)
             _force(staged, lambda file: file.write(index))
-        _sync(folder)
+        sync(folder)
     except BaseException:  # a full disk, say: half a checkpoint would only be in the way
         for file in placed:
             file.unlink(missing_ok=True)
         raise
     os.replace(staged, target)
-    _sync(folder)
+    sync(folder)
     # From here the new weights are in place: what is left takes moments, and a kill leaves it to the next save.
     (folder / (INDEX if target.name == SINGLE else SINGLE)).unlink(missing_ok=True)
     os.replace(pending, folder / CONFIG)
-    _sync(folder)
+    sync(folder)
     _clear(folder, before, names)
 
 
@@ -161,15 +162,6 @@ def _write(target: Path, stamp: str, fill: Callable[[BinaryIO], object]) -> None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-
-
-def _sync(folder: Path) -> None:
-    """Forces the renames so far to disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _copy_companions(stored: Stored | None, folder: Path, stamp: str) -> None:

@@ -18,6 +18,8 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from abyssal.files import sync
+
 BOS, EOS, USER, ASSISTANT = "<|begin_of_text|>", "<|end_of_text|>", "<|user|>", "<|assistant|>"
 
 # Where our own BPE never merges across: words with the character before them, numbers of up to three digits,
@@ -310,11 +312,7 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync(path.parent)
 
 
 def _from_tiktoken(data: bytes, config: dict[str, Any]) -> dict[str, Any]:

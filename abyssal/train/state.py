@@ -5,7 +5,6 @@ written under another name, brought to the disk, and renamed. What is removed is
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from abyssal.files import sync
 from abyssal.model.transformer import Transformer
 from abyssal.train.optimizer import Optimizer
 
@@ -34,11 +34,11 @@ def save_state(folder: Path, model: Transformer, optimizer: Optimizer, trainer: 
         save_file({key: t.contiguous() for key, t in tensors.items()}, temporary / name)
     (temporary / TRAINER).write_text(json.dumps(trainer, indent=2) + "\n", "utf-8")
     for name in (MODEL, OPTIMIZER, RANDOM, TRAINER):
-        _sync(temporary / name)
-    _sync(temporary)
+        sync(temporary / name)
+    sync(temporary)
     _remove(folder)
     temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def load_state(folder: Path, model: Transformer, optimizer: Optimizer) -> None:
@@ -101,11 +101,3 @@ def _remove(folder: Path) -> None:
 def _tensors(model: Transformer) -> dict[str, Tensor]:
     """Parameters, shared ones once, and buffers: the router biases."""
     return {name: t.detach() for name, t in (*model.named_parameters(), *model.named_buffers())}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

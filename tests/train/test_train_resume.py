@@ -125,7 +125,7 @@ def test_a_signal_saves_the_state_and_says_how_to_go_on(make_config, quiet, tmp_
     assert not (config.out / "model").exists()
 
 
-def run_until(config, quiet, monkeypatch, steps):
+def run_until(config, quiet, monkeypatch, steps, resume=False):
     """A run that a signal reaches during step `steps`."""
     step = Trainer.step
 
@@ -136,7 +136,7 @@ def run_until(config, quiet, monkeypatch, steps):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", signalled)
-        result = train(config, console=quiet)
+        result = train(config, resume=resume, console=quiet)
     assert (result.interrupted, result.steps, result.model) == (signal.SIGTERM, steps, None)
 
 
@@ -149,24 +149,11 @@ def test_resumed_twice_in_one_process(make_config, quiet, tmp_path, monkeypatch,
     train(make_config(out=str(tmp_path / "whole"), **changes), console=quiet)
     config = make_config(out=str(tmp_path / "parts"), **changes)
     for steps in (3, 6):
-        run_until(config, quiet, monkeypatch, steps) if steps == 3 else _resume_until(config, quiet, monkeypatch, steps)
+        run_until(config, quiet, monkeypatch, steps, resume=steps > 3)
     again = TrainConfig.read(config.out, ["log_every=1", "keep_states=5"])
     result = train(again, resume=True, console=quiet)
     assert result.steps == 8
     assert curve(config.out) == curve(tmp_path / "whole")
-
-
-def _resume_until(config, quiet, monkeypatch, steps):
-    step = Trainer.step
-
-    def signalled(trainer, micros):
-        if trainer.done + 1 == steps:
-            signal.raise_signal(signal.SIGTERM)
-        return step(trainer, micros)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", signalled)
-        assert train(config, resume=True, console=quiet).steps == steps
 
 
 def test_a_finished_run_resumed_only_writes_its_model_again(make_config, quiet):
