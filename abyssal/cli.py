@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+bench = typer.Typer(help="Time what abyssal is made of, beside its peers.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, a run's folder, or a hub id.", metavar="MODEL")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]
@@ -156,6 +159,27 @@ def chat(
         rate = llm.totals.acceptance
         said = f"{llm.totals.tokens_per_second:.1f} tokens/s" + (f", {rate:.0%} of drafts accepted" if rate else "")
         Console(stderr=True).print(f"[dim]{said}[/dim]")
+
+
+@bench.command("ops")
+def bench_operations(
+    only: Annotated[str | None, typer.Option(help="Some of the operations, with commas: decode,loss ...")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the roofline into this PNG.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A few shapes of each, timed briefly.")] = False,
+) -> None:
+    """Time every operation beside the peers that are installed; 1 if one of ours fails."""
+    from abyssal.bench import bench_ops
+
+    names = [name for name in (only or "").split(",") if name]
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # cut short, it prints what it has
+    try:
+        report = bench_ops(names, device, quick, json_file, picture)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if report.failed:
+        raise typer.Exit(1)
 
 
 def _ask(mark: str) -> str:

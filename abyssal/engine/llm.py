@@ -18,6 +18,7 @@ from abyssal.engine.runner import Runner
 from abyssal.engine.sampling import Sampling, verify
 from abyssal.engine.speculation import Drafter, Speculated
 from abyssal.model.transformer import Transformer
+from abyssal.ops.startup import announced
 
 ROUND_CONTEXT = 256  # a cache's pages are a multiple of this long, so that few lengths are ever compiled for
 WORTH_COMPILING = 2048  # generated tokens from which compiling the decoding step pays for itself
@@ -260,6 +261,9 @@ class LLM:
         if old is None or old.pages != pages or old.cache.page_size < size or old.compiled != compiled:
             self._runner = None  # frees the old cache before the new one is made
             self._runner = Runner(self.model, pages, size, 1 + self.drafts, compiled, self._say)
+            if self._runner.device.type == "cuda":
+                with announced(self._say):
+                    self._runner.warm()
         runner = self._runner
         assert runner is not None
         self.totals = Totals(cache_bytes=runner.cache.bytes)

@@ -62,6 +62,14 @@ class Runner:
             for left in layer.values():
                 left[rows] = 0
 
+    def warm(self) -> None:
+        """A prompt and a step of one and of `width` tokens, thrown away: on a GPU a kernel is compiled when it is
+        first met, and that should not be within a request."""
+        for width in {1, self.width}:
+            self.prefill(0, [0, 0])
+            self.decode([0], [[0] * width], [2])
+        self.clear(0)
+
     @torch.inference_mode()
     def prefill(self, page: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
         """A prompt into an empty page: (states `[T, D]`, logits `[vocab]` after its last token)."""

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from abyssal.config import ModelConfig
 from abyssal.model.layers import MLP, Pinned
-from abyssal.ops.experts import experts
-from abyssal.ops.fp8 import dequantize
+from abyssal.ops.experts import experts, with_shared
+from abyssal.ops.fp8_linear import fp8_experts
+from abyssal.ops.gate import gate
 
 
 class Routing(NamedTuple):
@@ -41,29 +42,12 @@ class Gate(Pinned):
         return ["bias"] if self.bias is not None else []
 
     def forward(self, x: Tensor) -> Routing:
-        """`x [T, D]` -> Routing (equations 13-16)."""
+        """`x [T, D]` -> Routing (equations 13-16). A group is worth its best two (V3) or its best one (V2)."""
         c = self.config
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = nn.functional.linear(x.to(wide), self.weight.to(wide))
-        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(-1)
-        indices = self.pick(scores if self.bias is None else scores + self.bias)
-        weights = scores.gather(1, indices)
-        if c.norm_topk_prob:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(weights * c.routed_scaling_factor, indices, scores)
-
-    def pick(self, biased: Tensor) -> Tensor:
-        """`[T, E]` -> `[T, K]`: the best K of the best groups. A group is worth the sum of its best two (V3) or
-        its best one (V2); experts of other groups are at -inf, since a biased score may be below 0."""
-        c = self.config
-        biased = biased.detach()
-        if c.n_group > 1:
-            groups = biased.unflatten(-1, (c.n_group, -1))
-            worth = groups.topk(2).values.sum(-1) if self.bias is not None else groups.amax(-1)
-            kept = worth.topk(c.topk_group, sorted=False).indices
-            out = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
-            biased = groups.masked_fill(out[..., None], float("-inf")).flatten(1)
-        return biased.topk(c.num_experts_per_tok, sorted=False).indices
+        return Routing(*gate(
+            x, self.weight, self.bias, c.scoring_func, c.n_group, c.topk_group, c.num_experts_per_tok,
+            c.norm_topk_prob, c.routed_scaling_factor, "best" if self.bias is None else "best two",
+        ))  # fmt: skip
 
 
 class Experts(Pinned):
@@ -88,11 +72,12 @@ class Experts(Pinned):
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
         """`[T, D]` -> `[T, D]`: the weighted sum of each token's experts."""
-        w1, w2, w3 = (
-            w if scale is None else dequantize(w, scale, x.dtype)
-            for w, scale in ((self.w1, self.w1_scale), (self.w2, self.w2_scale), (self.w3, self.w3_scale))
-        )
-        return experts(x, w1, w2, w3, routing.indices, routing.weights)
+        if self.w1_scale is not None and self.w2_scale is not None and self.w3_scale is not None:
+            return fp8_experts(
+                x, self.w1, self.w1_scale, self.w2, self.w2_scale, self.w3, self.w3_scale, routing.indices,
+                routing.weights,
+            )  # fmt: skip
+        return experts(x, self.w1, self.w2, self.w3, routing.indices, routing.weights)
 
 
 class MoE(nn.Module):
@@ -108,5 +93,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`[T, D]` -> `[T, D]` and what the gate decided."""
         routing = self.gate(x)
-        y = self.experts(x, routing)
-        return (y if self.shared_experts is None else y + self.shared_experts(x)), routing
+        e, s = self.experts, self.shared_experts
+        if s is None:
+            return e(x, routing), routing
+        if e.w1_scale is not None or s.w1.scale is not None:
+            return e(x, routing) + s(x), routing
+        w1, w2, w3 = (w.weight.to(x.dtype) for w in (s.w1, s.w2, s.w3))
+        return with_shared(x, e.w1, e.w2, e.w3, routing.indices, routing.weights, w1, w2, w3), routing

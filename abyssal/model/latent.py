@@ -16,6 +16,8 @@ from abyssal.model.packing import Packing
 from abyssal.model.positions import Rotary, rotary
 from abyssal.ops.attention import attention
 from abyssal.ops.latent_decode import latent_decode
+from abyssal.ops.latent_rows import pack_rows, unpack_rows
+from abyssal.ops.latent_write import latent_write
 from abyssal.ops.linear import per_head
 from abyssal.ops.paged import gather_pages
 from abyssal.ops.rotary import rotate
@@ -61,21 +63,19 @@ class LatentAttention(nn.Module):
         where absorption cannot be: without a cache, or where RoPE stands between W_UQ and W_UK.
         """
         c = self.config
-        q_nope, q_rope = self.queries(x, angles)
-        latent, k_rope = self.leave(x, angles)
-        if cache is not None:
-            assert packing.slots is not None
-            row = latent if k_rope is None else torch.cat((latent, k_rope), -1)
-            cache["latent"].index_copy_(0, packing.slots, row)
-
         path = path or self.cheaper(packing, cached=cache is not None)
         if path == "absorbed":
             if cache is None:
                 raise ValueError("path 'absorbed' reads the cached rows: expected a cache")
             if c.position == "rope":
                 raise ValueError("path 'absorbed': with coupled RoPE a rotation stands between W_UQ and W_UK")
-            out = self.absorbed(q_nope, q_rope, packing, cache["latent"])
+            out = self.absorbed(x, angles, packing, cache["latent"])
         elif path == "expanded":
+            q_nope, q_rope = self.queries(x, angles)
+            latent, k_rope = self.leave(x, angles)
+            if cache is not None:
+                assert packing.slots is not None
+                cache["latent"].index_copy_(0, packing.slots, row(latent, k_rope, cache["latent"].dtype))
             out = self.expanded(q_nope, q_rope, latent, k_rope, packing, None if packing.fresh else cache)
         else:
             raise ValueError(f"path: expected 'expanded' or 'absorbed', got {path!r}")
@@ -94,8 +94,7 @@ class LatentAttention(nn.Module):
     def queries(self, x: Tensor, angles: Rotary | None) -> tuple[Tensor, Tensor | None]:
         """q_nope `[T, H, N]` and q_rope `[T, H, R]` (equations 6-8). Coupled RoPE rotates all of q_nope."""
         c = self.config
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compressed else self.wq(x)
-        q = q.unflatten(-1, (c.num_attention_heads, -1))
+        q = self.project_queries(x)
         if c.position == "rope" and angles is not None:
             return rotate(q, *angles), None
         if not c.qk_rope_head_dim:
@@ -103,6 +102,11 @@ class LatentAttention(nn.Module):
         assert angles is not None
         q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
         return q_nope, rotate(q_rope, *angles)
+
+    def project_queries(self, x: Tensor) -> Tensor:
+        """`[T, H, N + R]`, nothing rotated."""
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compressed else self.wq(x)
+        return q.unflatten(-1, (self.config.num_attention_heads, -1))
 
     def leave(self, x: Tensor, angles: Rotary | None) -> tuple[Tensor, Tensor | None]:
         """The latent `[T, C]`, normalised, and the rotary key `[T, R]`, rotated (equations 1 and 3)."""
@@ -139,6 +143,8 @@ class LatentAttention(nn.Module):
             rows, cu_k, longest = gather_pages(
                 cache["latent"], packing.block_table, packing.context_lens, packing.page_size
             )
+            if rows.dtype == torch.uint8:
+                rows = unpack_rows(rows, c.kv_lora_rank, q_nope.dtype)
             latent = rows[:, : c.kv_lora_rank]
             k_rope = rows[:, c.kv_lora_rank :] if c.qk_rope_head_dim else None
             places = torch.arange(rows.shape[0], device=rows.device)
@@ -153,13 +159,25 @@ class LatentAttention(nn.Module):
             q_nope, q_rope, k_nope, k_rope, v, packing.cu_seqlens, cu_k, packing.max_len, longest, c.softmax_scale
         )  # fmt: skip
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor | None, packing: Packing, rows: Tensor) -> Tensor:
-        """[T, H, V], W_UK multiplied into the query and W_UV into what comes out."""
-        assert packing.block_table is not None and packing.context_lens is not None
-        w_uk, w_uv = self.up_projections(q_nope.dtype)
-        q_latent = per_head(q_nope, w_uk.transpose(1, 2))
+    def absorbed(self, x: Tensor, angles: Rotary | None, packing: Packing, rows: Tensor) -> Tensor:
+        """[T, H, V], W_UK multiplied into the query and W_UV into what comes out, for inference. The latent is
+        normalised, rotary key and queries are rotated and the row is written by one operation."""
+        c = self.config
+        assert packing.block_table is not None and packing.context_lens is not None and packing.slots is not None
+        q, kv = self.project_queries(x), self.wkv_a(x)
+        cos, sin = angles if c.qk_rope_head_dim and angles is not None else (None, None)
+        latent_write(kv, self.kv_norm.weight, LATENT_EPS, cos, sin, rows, packing.slots, q)
+        q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
+        w_uk, w_uv = self.up_projections(q.dtype)
         out_latent = latent_decode(
-            q_latent, q_rope, rows, packing.cu_seqlens, packing.block_table, packing.context_lens,
-            packing.page_size, self.config.softmax_scale,
+            per_head(q_nope, w_uk.transpose(1, 2)), q_rope if c.qk_rope_head_dim else None, rows, packing.cu_seqlens,
+            packing.block_table, packing.context_lens, packing.page_size, c.softmax_scale, max_q=packing.max_len,
         )  # fmt: skip
         return per_head(out_latent, w_uv)
+
+
+def row(latent: Tensor, k_rope: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What a token leaves behind, as a cache of `dtype` keeps it: `[T, C + R]`, or packed into bytes."""
+    if dtype == torch.uint8:
+        return pack_rows(latent, k_rope)
+    return latent if k_rope is None else torch.cat((latent, k_rope), -1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.ops.fp8 import dequantize
+from abyssal.ops.fp8_linear import fp8_linear
 from abyssal.ops.linear import linear
 from abyssal.ops.norm import rms_norm
 
@@ -49,7 +50,9 @@ class Linear(Pinned):
         return dequantize(self.weight, self.scale, dtype) if self.scale is not None else self.weight.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.dense(x.dtype))
+        if self.scale is not None:
+            return fp8_linear(x, self.weight, self.scale)
+        return linear(x, self.weight.to(x.dtype))
 
 
 class RMSNorm(nn.Module):

@@ -2,14 +2,16 @@
 
 The score of a query and a key is a sum of two products, q_nope·k_nope + q_rope·k_rope, the second with one rotary
 key that all heads share (DeepSeek-V3, equations 7-10). The reference adds them. PyTorch's kernels take one query
-and one key, so the paths that call them must concatenate and copy, which is what a kernel of our own would save.
+and one key, so the paths that call them must concatenate and copy; those of our own, for Hopper, read the five tensors.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
+
+from abyssal.ops.device import capability
 
 
 def attention(
@@ -32,14 +34,23 @@ def attention(
     up to l - t + j. Both rotary arguments are None where nothing is decoupled.
 
     Paths: "reference" (any dtype and device; memory H·t·l a sequence), "sdpa" (PyTorch's flash attention on a CPU,
-    sequence by sequence), "varlen" (PyTorch's flash attention on CUDA, in 16 bits, without a host
-    synchronisation). None chooses.
+    sequence by sequence), "varlen" (PyTorch's flash attention on CUDA, in 16 bits), "hopper" (16 bits, compute
+    capability 9; gradients where no sequence sees earlier tokens, which is known of one `cu` for both or of sequences
+    all as long as the longest). The last two never wait for the device. None chooses.
+
+    Gradients on "hopper" add up in an order that differs from run to run, unless
+    `torch.use_deterministic_algorithms` asks for the same bits (at half the speed, a quarter for heads of 256).
     """
     if path is None:
         narrow = q_nope.dtype in (torch.bfloat16, torch.float16)
         path = "sdpa" if q_nope.device.type == "cpu" else "varlen" if narrow else "reference"
-    if path == "reference":
+        if path == "varlen" and _on_hopper(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, max_q, max_k):
+            path = "hopper"
+    if path == "reference" or 0 in (q_nope.shape[0], v.shape[0]):
         return _reference(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, scale)
+    if path == "hopper":
+        out, _ = _hopper(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, max_q, max_k, scale)
+        return cast(Tensor, out)
     q, k, v_wide = _joined(q_nope, q_rope, k_nope, k_rope, v)
     if path == "sdpa":
         out = _sdpa(q, k, v_wide, cu_q, cu_k, scale)
@@ -48,7 +59,7 @@ def attention(
 
         out = cast(Tensor, varlen_attn(q, k, v_wide, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0)))
     else:
-        raise ValueError(f"path: expected 'reference', 'sdpa' or 'varlen', got {path!r}")
+        raise ValueError(f"path: expected 'reference', 'sdpa', 'varlen' or 'hopper', got {path!r}")
     return out[..., : v.shape[-1]]
 
 
@@ -90,6 +101,101 @@ def _joined(
     if group > 1:
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return q, k, v
+
+
+def _on_hopper(
+    q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+) -> bool:  # fmt: skip
+    if capability(v)[0] != 9:
+        return False
+    from abyssal.kernels.attention_forward import supports
+
+    tensors = (q_nope, q_rope, k_nope, k_rope, v)
+    if not supports(*tensors):
+        return False
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)):
+        return True
+    alone = cu_q is cu_k or (q_nope.shape[0] == v.shape[0] == (cu_q.shape[0] - 1) * max_q and max_q == max_k)
+    return alone and q_nope.shape[1] == k_nope.shape[1]
+
+
+@torch.library.custom_op(
+    "abyssal::attention_hopper",
+    mutates_args=(),
+    schema="(Tensor q_nope, Tensor? q_rope, Tensor k_nope, Tensor? k_rope, Tensor v, Tensor cu_q, Tensor cu_k, "
+    "SymInt max_q, SymInt max_k, float scale) -> (Tensor, Tensor)",
+)
+def _hopper(
+    q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`out [T, H, V]` and the logarithm of the softmax's denominator, `[H, T]` float32."""
+    from abyssal.kernels.attention_forward import attention_forward
+
+    return attention_forward(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, max_q, max_k, scale)
+
+
+@_hopper.register_fake
+def _(
+    q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    T, H, _ = q_nope.shape
+    return v.new_empty(T, H, v.shape[-1]), v.new_empty(H, T, dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "abyssal::attention_hopper_backward",
+    mutates_args=(),
+    schema="(Tensor d_out, Tensor q_nope, Tensor? q_rope, Tensor k_nope, Tensor? k_rope, Tensor v, Tensor out, "
+    "Tensor lse, Tensor cu, SymInt longest, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _hopper_backward(
+    d_out: Tensor, q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
+    out: Tensor, lse: Tensor, cu: Tensor, longest: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dq`, `dk [T, H, N + R]`, `dk_rope [T, R]`, `dv [T, H, V]`.
+
+    Sequences of one length (which the host sees where S times the longest is T) go to cuDNN where it is faster.
+    """
+    from abyssal.kernels.attention_backward import attention_backward
+    from abyssal.kernels.attention_join import cudnn_backward, cudnn_takes
+
+    tensors = (d_out, q_nope, q_rope, k_nope, k_rope, v, out, lse)
+    deterministic, sequences = torch.are_deterministic_algorithms_enabled(), cu.shape[0] - 1
+    widths = (q_nope.shape[-1], 0 if q_rope is None else q_rope.shape[-1], v.shape[-1])
+    if not deterministic and cudnn_takes(*widths, sequences, longest, v.shape[0]):
+        return cudnn_backward(*tensors, sequences, scale)
+    return attention_backward(*tensors, cu, scale, deterministic)
+
+
+@_hopper_backward.register_fake
+def _(
+    d_out: Tensor, q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
+    out: Tensor, lse: Tensor, cu: Tensor, longest: int, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    T, H, N = q_nope.shape
+    R = 0 if q_rope is None else q_rope.shape[-1]
+    new = v.new_empty
+    return new(T, H, N + R), new(T, H, N + R), new(T, R), new(T, H, v.shape[-1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q_nope, q_rope, k_nope, k_rope, v, cu_q, _, ctx.longest, _, ctx.scale = inputs
+    ctx.save_for_backward(q_nope, q_rope, k_nope, k_rope, v, *output, cu_q)
+
+
+def _gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q_nope, q_rope, k_nope, k_rope, v, out, lse, cu = ctx.saved_tensors
+    saved = (q_nope, q_rope, k_nope, k_rope, v, out, lse, cu)
+    dq, dk, dk_rope, dv = _hopper_backward(d_out, *saved, ctx.longest, ctx.scale)
+    N = q_nope.shape[-1]
+    dq_rope, dk_rope = (None, None) if q_rope is None else (dq[..., N:], dk_rope)
+    return dq[..., :N], dq_rope, dk[..., :N], dk_rope, dv, None, None, None, None, None
+
+
+_hopper.register_autograd(_gradients, setup_context=_keep)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) -> Tensor:

@@ -5,7 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 1 << 24  # logits held at once
+from abyssal.ops.device import capability
+
+CHUNK_LOGITS = 1 << 24  # logits held at once on a CPU
+CHUNK_TOKENS = 4096  # tokens whose logits are held at once on a GPU, and more where the head is wide
 
 
 def linear_cross_entropy(
@@ -16,14 +19,23 @@ def linear_cross_entropy(
     `hidden [T, D]`, `head [vocab, D]`, `targets [T]` int64 (any valid id where the weight is 0), `weights [T]`
     float. Divide by Σ weights for the mean over positions that have a target.
 
-    Paths: "reference" (all logits at once), "chunked" (logits and their gradient a chunk of tokens at a time).
+    Paths: "reference" (all logits at once), "chunked" (logits and their gradient a chunk of tokens at a time), "fused"
+    (larger chunks of bf16, fp16 or float32 on a GPU, a kernel that turns logits into their gradient where they lie).
+    None chooses. Raises ValueError for another name.
     """
+    if path is None:
+        kernels = capability(hidden) > (0, 0) and hidden.dtype == head.dtype != torch.float64
+        path = "fused" if kernels else "chunked"
     if path == "reference":
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = torch.nn.functional.linear(hidden, head).to(wide)
         loss = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         return (loss * weights.to(wide)).sum()
-    return _Chunked.apply(hidden, head, targets, weights)
+    if path == "fused":
+        return _Fused.apply(hidden, head, targets, weights)
+    if path == "chunked":
+        return _Chunked.apply(hidden, head, targets, weights)
+    raise ValueError(f"path: expected 'reference', 'chunked' or 'fused', got {path!r}")
 
 
 class _Chunked(torch.autograd.Function):
@@ -60,3 +72,56 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_head = ctx.saved_tensors
         return d_hidden * d_loss.to(d_hidden.dtype), d_head * d_loss.to(d_head.dtype), None, None
+
+
+def _chunk_tokens(tokens: int, width: int) -> int:
+    """Even chunks. Several need a float32 sum of the head's gradient, twice the bytes of a head in bf16: as many
+    logits again, 2 · width tokens' worth, are no more memory than that and make the products larger."""
+    most = max(CHUNK_TOKENS, 2 * width)
+    chunks = -(-tokens // most)
+    return min(-(-tokens // (chunks * 128)) * 128, tokens)
+
+
+class _Fused(torch.autograd.Function):
+    """As `_Chunked`; nothing of the logits' size is written but the logits, and they become their own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        from abyssal.kernels.cross_entropy import logits_buffer, loss_and_gradient
+
+        tokens = hidden.shape[0]
+        for_hidden, for_head = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if for_hidden else None
+        d_head = None
+        losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
+        weights, targets = weights.contiguous(), targets.contiguous()
+        step = _chunk_tokens(tokens, hidden.shape[1]) if tokens else 1
+        buffer = logits_buffer(step, head)
+        for start in range(0, tokens, step):
+            part = slice(start, start + step)
+            x = hidden[part]
+            logits = torch.mm(x, head.T, out=buffer[: x.shape[0]])
+            loss_and_gradient(logits, targets[part], weights[part], losses[part], for_hidden or for_head)
+            if d_hidden is not None:
+                torch.mm(logits, head, out=d_hidden[part])
+            if for_head:
+                d_head = _add_product(d_head, logits.T, x, several=step < tokens)
+            del logits  # a view of the buffer, which makes room for what follows
+        del buffer
+        if for_head and d_head is None:
+            d_head = torch.zeros_like(head)
+        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors), None, None
+
+
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor, several: bool) -> Tensor:
+    """total + a b. Of several products the sum is float32, added to by the products themselves."""
+    if not several or a.dtype == torch.float32:
+        return torch.mm(a, b) if total is None else total.addmm_(a, b)
+    if total is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

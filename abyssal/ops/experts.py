@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from abyssal.ops.device import capability
+from abyssal.ops.linear import linear
+
 # Up to this many choices of an expert a compiled multiply-and-sum reads the weights faster than products do.
 FEW_CHOICES = 32
+# Up to this many tokens a GPU reads the touched experts' weights faster than grouped products do.
+FEW_TOKENS = 64
 
 
 def experts(
@@ -19,24 +24,62 @@ def experts(
 
     Paths: "reference" (every expert sees every token; any device and dtype), "loop" (a product an expert, on a
     CPU), "rowwise" (a multiply-and-sum a choice, for few choices in a graph compiled for a CPU), "grouped" (torch's
-    grouped products; no host synchronisation on a GPU). None chooses.
+    grouped products; no host synchronisation on a GPU), "fused" (our grouped products on Hopper, gathers and gates
+    inside), "decode" (few tokens on a GPU, without gradients). None chooses.
     """
     if path is None:
-        grouped = x.dtype == torch.bfloat16 and not any(width % 8 for width in w1.shape[1:])  # rows of 16 bytes
-        path = "loop" if x.device.type == "cpu" else "grouped" if grouped else "reference"
-        if path == "loop" and torch.compiler.is_compiling():
-            path = "rowwise" if indices.numel() <= FEW_CHOICES else "opaque loop"
+        path = _chosen(x, w1, w2, w3, indices, weights)
     if path == "reference":
         return _reference(x, w1, w2, w3, indices, weights)
     if path == "rowwise":
         return _rowwise(x, w1, w2, w3, indices, weights)
     if path == "grouped":
         return _grouped(x, w1, w2, w3, indices, weights)
+    if path == "fused":
+        from abyssal.kernels.experts import grouped_experts
+
+        return grouped_experts(x, w1, w2, w3, indices, weights)
+    if path == "decode":
+        few = _opaque_decode if torch.compiler.is_compiling() else _decode
+        return few(x, w1, w2, w3, indices, weights)
     if path == "loop":
         return _Loop.apply(x, w1, w2, w3, indices, weights.to(x.dtype))
     if path == "opaque loop":
         return _opaque_loop(x, w1, w2, w3, indices, weights)
-    raise ValueError(f"path: expected 'reference', 'loop', 'rowwise' or 'grouped', got {path!r}")
+    names = "'reference', 'loop', 'rowwise', 'grouped', 'fused' or 'decode'"
+    raise ValueError(f"path: expected {names}, got {path!r}")
+
+
+def _chosen(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> str:
+    if x.device.type == "cpu":
+        if not torch.compiler.is_compiling():
+            return "loop"
+        return "rowwise" if indices.numel() <= FEW_CHOICES else "opaque loop"
+    if x.dtype != torch.bfloat16 or any(width % 8 for width in w1.shape[1:]):  # rows of 16 bytes
+        return "reference"
+    generation = capability(x)[0]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, w3, weights))
+    if generation and not learns and 0 < x.shape[0] <= FEW_TOKENS:
+        return "decode"
+    return "fused" if generation == 9 and indices.numel() else "grouped"
+
+
+def with_shared(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor,
+    shared_w1: Tensor, shared_w2: Tensor, shared_w3: Tensor, path: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`[T, D]`: `experts`, and beside them the shared experts w2(silu(w1 x) · w3 x), which see every token.
+
+    `shared_w1`, `shared_w3` `[F', D]`, `shared_w2 [D, F']`, F' a multiple of F. Paths as in `experts`; on "decode" the
+    shared experts are read in the same launches.
+    """
+    path = path or _chosen(x, w1, w2, w3, indices, weights)
+    if path == "decode" and not torch.compiler.is_compiling():
+        from abyssal.kernels.experts_decode import moe_decode
+
+        return moe_decode(x, w1, w2, w3, indices, weights, shared_w1, shared_w2, shared_w3)
+    shared = linear(silu(linear(x, shared_w1)) * linear(x, shared_w3), shared_w2)
+    return experts(x, w1, w2, w3, indices, weights, path) + shared
 
 
 def _reference(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -149,3 +192,17 @@ def _opaque_loop(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor,
 @_opaque_loop.register_fake
 def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     return torch.empty_like(x)
+
+
+def _decode(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    from abyssal.kernels.experts_decode import experts_decode
+
+    return experts_decode(x, w1, w2, w3, indices, weights)
+
+
+_opaque_decode = torch.library.custom_op("abyssal::experts_decode", _decode, mutates_args=())
+
+
+@_opaque_decode.register_fake
+def _(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)

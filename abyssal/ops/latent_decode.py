@@ -5,13 +5,21 @@ of C + R numbers a token serves every head as key and as value (DeepSeek-V2, sec
 products are summed, never concatenated.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from abyssal.ops.device import capability
+from abyssal.ops.latent_rows import row_bytes, unpack_rows
 from abyssal.ops.paged import gather_pages
 
 # PyTorch's flash attention for a CPU, with the log-sum-exp that its public face does not return.
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+# Of the two Hopper kernels for bf16 rows, one is for up to so many queries times heads a sequence, and where the block
+# table cannot name more cached rows than this (docs/kernels.md).
+FEW_ROWS, FEW_CACHED = 64, 1 << 15
 
 # Contexts are cut in blocks of this many rows: a sequence's rows past its length, within its page, are masked.
 ROUND = 64
@@ -27,20 +35,43 @@ def latent_decode(
     page_size: int,
     scale: float,
     path: str | None = None,
+    max_q: int | None = None,
 ) -> Tensor:
     """`[T, H, C]`: softmax(scale · (q_latent cᵀ + q_rope k_ropeᵀ)) c, each sequence by itself.
 
-    `q_latent [T, H, C]`, `q_rope [T, H, R]` or None; `rows [pages * page_size, C + R]`, the latent first;
-    `cu_q [S+1]`, `block_table [S, P]`, `context_lens [S]` int32. A sequence's queries are the last tokens of its
-    context, causal among themselves. Sequences without queries cost nothing.
+    `q_latent [T, H, C]`, `q_rope [T, H, R]` or None; `rows [pages * page_size, C + R]`, the latent first, or uint8
+    rows of `latent_rows.pack_rows`; `cu_q [S+1]`, `block_table [S, P]`, `context_lens [S]` int32. A sequence's
+    queries are the last tokens of its context, causal among themselves. Sequences without queries cost nothing.
+    No sequence brings more than `max_q` queries: a GPU reserves its work by it, None being T.
 
     Paths: "reference" (products, any device), "flash" (PyTorch's flash attention on a CPU, for contexts of one page
-    each; its kernel takes one query, so that latent and rotary part lie side by side, and one row as key and value).
-    None chooses.
+    each; its kernel takes one query, so that latent and rotary part lie side by side, and one row as key and value),
+    "triton" (any NVIDIA GPU), "hopper" (compute capability 9, C = 512 and R = 64 in bf16, rows in bf16 or packed,
+    pages of a multiple of 64). None chooses.
     """
     q_rope = q_latent[..., :0] if q_rope is None else q_rope
     return torch.ops.abyssal.latent_decode(
-        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path
+        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q
+    )[0]  # fmt: skip
+
+
+def latent_decode_lse(
+    q_latent: Tensor,
+    q_rope: Tensor | None,
+    rows: Tensor,
+    cu_q: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    page_size: int,
+    scale: float,
+    path: str | None = None,
+    max_q: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`latent_decode`, and beside it `[T, H]` the natural logarithm of each softmax's denominator, in float32 or
+    wider: what merging with attention over other rows takes."""
+    q_rope = q_latent[..., :0] if q_rope is None else q_rope
+    return torch.ops.abyssal.latent_decode(
+        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q
     )  # fmt: skip
 
 
@@ -54,20 +85,100 @@ def _latent_decode(
     page_size: int,
     scale: float,
     path: str | None = None,
-) -> Tensor:
-    starts, lens, tables = cu_q.tolist(), context_lens.tolist(), block_table.tolist()
-    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
-    one_page = max(lens, default=0) <= page_size
-    if path is None:
-        path = "flash" if rows.device.type == "cpu" and one_page else "reference"
+    max_q: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    packed = rows.dtype == torch.uint8
+    if packed and row_bytes(q_latent.shape[-1], q_rope.shape[-1]) != rows.shape[1]:
+        raise ValueError(
+            f"rows of {rows.shape[1]} bytes: expected {row_bytes(q_latent.shape[-1], q_rope.shape[-1])} for "
+            f"{q_latent.shape[-1]} latents and a rotary width of {q_rope.shape[-1]}"
+        )
+    where = (rows, cu_q, block_table, context_lens, page_size)
+    path = path or _choose(q_latent, q_rope, rows, context_lens, page_size)
+    if path in ("triton", "hopper"):
+        most = q_latent.shape[0] if max_q is None else max_q
+        few = most * q_latent.shape[1] <= FEW_ROWS or block_table.numel() * page_size <= FEW_CACHED
+        return _kernel(path, packed, few)(q_latent, q_rope, *where, most, scale)
     if path == "reference":
-        for s, (q0, q1) in enumerate(zip(starts, starts[1:])):
-            if q0 < q1:
-                context, _, _ = gather_pages(rows, block_table[s : s + 1], context_lens[s : s + 1], page_size)
-                out[q0:q1] = _products(q_latent[q0:q1], q_rope[q0:q1], context, scale)
-        return out
-    if path != "flash" or not one_page:
-        raise ValueError(f"path: expected 'reference', or 'flash' for contexts of one page, got {path!r}")
+        return _reference(q_latent, q_rope, *where, scale)
+    if path == "flash" and _one_page(rows, context_lens, page_size):
+        lists = cu_q.tolist(), block_table.tolist(), context_lens.tolist()
+        return _flash_path(q_latent, q_rope, rows, *lists, page_size, scale)
+    raise ValueError(
+        f"path: expected 'reference', 'triton', 'hopper', or 'flash' for contexts of one page, got {path!r}"
+    )
+
+
+def _one_page(rows: Tensor, context_lens: Tensor, page_size: int) -> bool:
+    return rows.dtype != torch.uint8 and max(context_lens.tolist(), default=0) <= page_size
+
+
+def _choose(q_latent: Tensor, q_rope: Tensor, rows: Tensor, context_lens: Tensor, page_size: int) -> str:
+    if rows.device.type == "cpu":
+        return "flash" if _one_page(rows, context_lens, page_size) else "reference"
+    generation = capability(rows)
+    if generation == (0, 0) or q_latent.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return "reference"
+    shape = (q_latent.shape[-1], q_rope.shape[-1], q_latent.dtype)
+    fits = shape == (512, 64, torch.bfloat16) and rows.dtype in (torch.uint8, torch.bfloat16) and page_size % 64 == 0
+    if generation[0] == 9 and fits:
+        return "hopper"
+    if rows.dtype == torch.uint8:
+        # Older devices have no e4m3 in hardware, and Triton's own conversion wants it.
+        return "triton" if generation >= (8, 9) else "reference"
+    return "triton" if rows.dtype == q_latent.dtype else "reference"
+
+
+def _kernel(path: str, packed: bool, few: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    if path == "triton":
+        from abyssal.kernels.latent_decode import latent_decode
+
+        return latent_decode
+    if packed:
+        from abyssal.kernels.latent_decode_fp8 import latent_decode_fp8
+
+        return latent_decode_fp8
+    if few:
+        from abyssal.kernels.latent_decode_few import latent_decode_few
+
+        return latent_decode_few
+    from abyssal.kernels.latent_decode_hopper import latent_decode_hopper
+
+    return latent_decode_hopper
+
+
+def _reference(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    rows: Tensor,
+    cu_q: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    page_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q_latent)
+    starts = cu_q.tolist()
+    for s, (q0, q1) in enumerate(zip(starts, starts[1:])):
+        if q0 < q1:
+            context, _, _ = gather_pages(rows, block_table[s : s + 1], context_lens[s : s + 1], page_size)
+            if rows.dtype == torch.uint8:
+                context = unpack_rows(context, q_latent.shape[-1], q_latent.dtype)
+            out[q0:q1], lse[q0:q1] = _products(q_latent[q0:q1], q_rope[q0:q1], context, scale)
+    return out, lse
+
+
+def _flash_path(
+    q_latent: Tensor,
+    q_rope: Tensor,
+    rows: Tensor,
+    starts: list[int],
+    tables: list[list[int]],
+    lens: list[int],
+    page_size: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q_latent)
     pages = [table[0] if table else 0 for table in tables]
     q, by_page = torch.cat((q_latent, q_rope), -1), rows.view(-1, page_size, rows.shape[1])
     together = _alike(starts, lens, pages)
@@ -76,20 +187,26 @@ def _latent_decode(
         if q0 < q1:
             contexts = by_page[pages[first] : pages[first] + last - first]
             queries = q[q0:q1].unflatten(0, (last - first, -1))
-            found = _flashed(queries, contexts, lens[first:last], q_latent.shape[-1], scale)
-            out[q0:q1] = found.flatten(0, 1)
-    return out
+            found, sums = _flashed(queries, contexts, lens[first:last], q_latent.shape[-1], scale)
+            out[q0:q1], lse[q0:q1] = found.flatten(0, 1), sums.flatten(0, 1)
+    return out, lse
 
 
-def _products(q_latent: Tensor, q_rope: Tensor, context: Tensor, scale: float) -> Tensor:
-    """One sequence: `[t, H, C]`, `[t, H, R]`, `[l, C + R]` -> `[t, H, C]`."""
+def _outputs(q_latent: Tensor) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(q_latent.dtype, torch.float32)
+    out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    return out, torch.empty(q_latent.shape[:2], dtype=wide, device=q_latent.device)
+
+
+def _products(q_latent: Tensor, q_rope: Tensor, context: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """One sequence: `[t, H, C]`, `[t, H, R]`, `[l, C + R]` -> `[t, H, C]`, `[t, H]`."""
     wide = torch.promote_types(q_latent.dtype, torch.float32)
     t, l, rank = q_latent.shape[0], context.shape[0], q_latent.shape[-1]
     latent, k_rope = context[:, :rank], context[:, rank:]
     scores = q_latent @ latent.T + q_rope @ k_rope.T  # [t, H, l]
     hidden = ~torch.ones(t, l, dtype=torch.bool, device=context.device).tril(l - t)
-    probs = (scores.to(wide) * scale).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
-    return probs.to(context.dtype) @ latent
+    scores = (scores.to(wide) * scale).masked_fill(hidden[:, None], float("-inf"))
+    return scores.softmax(-1).to(context.dtype) @ latent, scores.logsumexp(-1)
 
 
 def _alike(starts: list[int], lens: list[int], pages: list[int]) -> bool:
@@ -99,8 +216,8 @@ def _alike(starts: list[int], lens: list[int], pages: list[int]) -> bool:
     return len(queries) == 1 and in_a_row and max(lens) * len(lens) <= 2 * sum(lens)
 
 
-def _flashed(q: Tensor, contexts: Tensor, lens: list[int], rank: int, scale: float) -> Tensor:
-    """`q [S, t, H, C + R]`, `contexts [S, page_size, C + R]` with `lens` rows each -> `[S, t, H, C]`.
+def _flashed(q: Tensor, contexts: Tensor, lens: list[int], rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """`q [S, t, H, C + R]`, `contexts [S, page_size, C + R]` with `lens` rows each -> `[S, t, H, C]`, `[S, t, H]`.
 
     The kernel runs a thread a sequence and head. Heads, which share the rows, are laid out as queries of one head;
     a lone sequence's context is split into as many parts as there are threads, merged by their log-sum-exps.
@@ -124,7 +241,8 @@ def _flashed(q: Tensor, contexts: Tensor, lens: list[int], rank: int, scale: flo
     out = out[..., :rank]
     if parts > 1:
         out = (out * lse.softmax(1).to(out.dtype)[..., None]).sum(1, keepdim=True)
-    return out.reshape(S, t, H, rank)
+        lse = lse.logsumexp(1, keepdim=True)
+    return out.reshape(S, t, H, rank), lse.reshape(S, t, H)
 
 
 def _fake(
@@ -137,8 +255,9 @@ def _fake(
     page_size: int,
     scale: float,
     path: str | None = None,
-) -> Tensor:
-    return torch.empty_like(q_latent, memory_format=torch.contiguous_format)
+    max_q: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return _outputs(q_latent)
 
 
 # Opaque to torch.compile: the loop over sequences reads their lengths, and a compiled step must not depend on them.
@@ -146,7 +265,7 @@ def _fake(
 torch.library.define(
     "abyssal::latent_decode",
     "(Tensor q_latent, Tensor q_rope, Tensor rows, Tensor cu_q, Tensor block_table, Tensor context_lens, "
-    "int page_size, float scale, str? path=None) -> Tensor",
+    "int page_size, float scale, str? path=None, SymInt? max_q=None) -> (Tensor, Tensor)",
 )
 torch.library.impl("abyssal::latent_decode", "CompositeExplicitAutograd", _latent_decode)
 torch.library.register_fake("abyssal::latent_decode", _fake)

@@ -3,12 +3,30 @@
 import torch
 from torch import Tensor
 
+from abyssal.ops.device import capability
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, path: str | None = None) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight, `[..., D]`; the mean in float32 or wider, the result in x's dtype.
 
     The normalised value is rounded to x's dtype before it is multiplied, as DeepSeek's and transformers' code do.
+    Paths: "reference" (differentiable), "triton" (one pass over memory, on a GPU where no gradient is asked for;
+    under torch.compile the reference, which it fuses as well). None chooses.
     """
+    if path is None:
+        path = "triton" if _fits(x, weight) else "reference"
+    if path == "triton":
+        from abyssal.kernels.norm import rms_norm as kernel
+
+        return kernel(x, weight, eps)
+    if path != "reference":
+        raise ValueError(f"path: expected 'reference' or 'triton', got {path!r}")
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return normal.to(x.dtype) * weight.to(x.dtype)
+
+
+def _fits(x: Tensor, weight: Tensor) -> bool:
+    asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.shape[-1] <= 16384
+    return not (asked or torch.compiler.is_compiling()) and narrow and capability(x) > (0, 0)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from abyssal.data import Tokenizer
 from abyssal.data.tokenizer import write_file
+from abyssal.ops.startup import announced
 from abyssal.train.config import SAVED, TrainConfig
 from abyssal.train.corpus import open_corpus
 from abyssal.train.diagnose import NotFinite
@@ -115,7 +116,7 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
         prune_states(states, config.keep_states)
 
     try:
-        with StopSignals() as stop, trainer.stream() as stream, display:
+        with StopSignals() as stop, trainer.stream() as stream, display, announced(console.print):
             while trainer.done < config.steps and stop.received is None:
                 start = time.perf_counter()
                 step = trainer.step(next(stream))

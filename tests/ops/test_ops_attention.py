@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from abyssal.ops.attention import attention
 from abyssal.ops.paged import cumulative
@@ -95,7 +96,7 @@ def test_sdpa_is_the_reference_and_so_are_its_gradients(packing, shape, dtype, t
 def test_a_cpu_takes_sdpa_and_a_wrong_name_is_refused() -> None:
     tensors, rest = inputs([(3, 3)])
     assert torch.equal(attention(*tensors, *rest), attention(*tensors, *rest, path="sdpa"))
-    with pytest.raises(ValueError, match="expected 'reference', 'sdpa' or 'varlen', got 'flash'"):
+    with pytest.raises(ValueError, match="expected 'reference', 'sdpa', 'varlen' or 'hopper', got 'flash'"):
         attention(*tensors, *rest, path="flash")
 
 
@@ -112,3 +113,19 @@ def test_extreme_scores_do_not_overflow() -> None:
     big = [t.detach() * 300 for t in tensors[:4]] + [tensors[4].detach()]
     for path in ("reference", "sdpa"):
         assert torch.isfinite(attention(*big, *rest, path=path)).all()
+
+
+@pytest.mark.parametrize("R", [4, 0])
+def test_hopper_s_operations_can_be_traced(R) -> None:
+    """Shapes and dtypes of outputs and gradients, as torch.compile asks for them, without a GPU."""
+    with FakeTensorMode():
+        shapes = [(7, 4, 6), (7, 4, R), (7, 4, 6), (7, R), (7, 4, 5)]
+        tensors = [torch.empty(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes]
+        if not R:
+            tensors[1] = tensors[3] = None
+        cu = torch.empty(3, dtype=torch.int32)
+        out = attention(*tensors, cu, cu, 5, 5, 0.3, path="hopper")
+        assert out.shape == (7, 4, 5) and out.dtype == torch.bfloat16
+        out.sum().backward()
+        for t in tensors:
+            assert t is None or (t.grad.shape == t.shape and t.grad.dtype == torch.bfloat16)

@@ -82,3 +82,16 @@ def test_gradcheck(monkeypatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", 10)
     hidden, head, targets, weights = inputs(T=5, D=3, vocab=4)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, weights), [hidden, head])
+
+
+def test_an_unknown_path_is_refused() -> None:
+    with pytest.raises(ValueError, match="path: expected 'reference', 'chunked' or 'fused', got 'best'"):
+        linear_cross_entropy(*inputs(), "best")
+
+
+@pytest.mark.parametrize(
+    "tokens, width, chunk", [(1, 64, 1), (5000, 2048, 2560), (8192, 2048, 4096), (8192, 7168, 8192)]
+)
+def test_chunks_on_a_gpu_are_even(tokens, width, chunk) -> None:
+    """As many tokens as CHUNK_TOKENS, or as make the logits as large as the float32 gradient they are added to."""
+    assert cross_entropy._chunk_tokens(tokens, width) == chunk

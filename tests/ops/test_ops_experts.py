@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
 from abyssal.ops import experts as module
@@ -110,6 +111,29 @@ def test_no_tokens(path) -> None:
 def test_a_wrong_name_is_refused() -> None:
     with pytest.raises(ValueError, match="got 'fast'"):
         experts(*inputs(), path="fast")
+
+
+@pytest.mark.parametrize(
+    "generation, T, learns, width, expected",
+    [
+        (9, 64, False, 16, "decode"),
+        (10, 64, False, 16, "decode"),
+        (9, 65, False, 16, "fused"),
+        (9, 64, True, 16, "fused"),
+        (10, 65, False, 16, "grouped"),
+        (0, 4, False, 16, "grouped"),  # no Triton
+        (9, 0, False, 16, "grouped"),
+        (9, 65, False, 12, "reference"),
+    ],
+)
+def test_the_choice_on_a_gpu(monkeypatch, generation, T, learns, width, expected) -> None:
+    monkeypatch.setattr(module, "capability", lambda x: (generation, 0))
+    with FakeTensorMode():
+        x = torch.empty(T, width, dtype=torch.bfloat16, device="cuda")
+        w1, w3 = (torch.empty(4, 8, width, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+        w2 = torch.empty(4, width, 8, dtype=torch.bfloat16, device="cuda", requires_grad=learns)
+        indices, weights = torch.empty(T, 2, dtype=torch.int64, device="cuda"), torch.empty(T, 2, device="cuda")
+    assert module._chosen(x, w1, w2, w3, indices, weights) == expected
 
 
 @pytest.mark.parametrize("T", [1, 3, 40])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from abyssal.ops.latent_decode import latent_decode
+from abyssal.ops.latent_decode import latent_decode, latent_decode_lse
 from abyssal.ops.paged import cumulative, gather_pages
 
 
@@ -81,6 +81,27 @@ def test_flash_attention_is_the_reference(threads, queries, contexts) -> None:
         for order in (tables, torch.arange(len(queries), dtype=torch.int32)[:, None]):
             args = (q, k, rows, cu_q, order, lens, size, scale)
             torch.testing.assert_close(latent_decode(*args, "flash"), latent_decode(*args, "reference"))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("path", ["reference", "flash"])
+@pytest.mark.parametrize("queries, contexts", [([1], [700]), ([2, 0, 1], [700, 3, 9]), ([2, 2], [700, 690])])
+def test_the_log_sum_exp_is_the_loop_s(path, queries, contexts) -> None:
+    """Its exponential times the output, added over two halves of a context, is what the whole would give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        q, k, rows, cu_q, tables, lens, size, scale = case(queries, contexts, 704)
+        tables = torch.arange(len(queries), dtype=torch.int32)[:, None]
+        out, lse = latent_decode_lse(q, k, rows, cu_q, tables, lens, size, scale, path)
+        assert torch.equal(out, latent_decode(q, k, rows, cu_q, tables, lens, size, scale, path))
+        assert lse.shape == q.shape[:2] and lse.dtype == torch.float64
+        for s, l in enumerate(contexts):
+            for j, t in enumerate(range(cu_q[s], cu_q[s + 1])):
+                seen = rows[s * size : s * size + l - (queries[s] - 1 - j)]
+                scores = torch.cat((q, k), -1)[t] @ seen.T * scale
+                torch.testing.assert_close(lse[t], scores.logsumexp(-1), atol=1e-9, rtol=0)
     finally:
         torch.set_num_threads(before)
 

@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from abyssal.ops.experts import experts
 from abyssal.ops.fp8 import dequantize, quantize, scale_shape
+from abyssal.ops.fp8_linear import fp8_experts, fp8_linear
+from abyssal.ops.linear import linear
 from abyssal.ops.norm import rms_norm
 
 
@@ -88,3 +91,36 @@ def test_a_block_of_zeros_stays_zero() -> None:
 def test_a_scale_that_does_not_cover_the_weight_is_refused() -> None:
     with pytest.raises(ValueError, match=r"expected \[2, 1\] blocks of 128x128 for a weight \[129, 128\]"):
         dequantize(torch.zeros(129, 128).to(torch.float8_e4m3fn), torch.ones(1, 1), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_on_a_cpu_a_weight_is_dequantised_and_multiplied(dtype) -> None:
+    """V3's kv_a projection has 576 rows; any leading dimensions."""
+    g = torch.Generator().manual_seed(0)
+    weight, scale = quantize(torch.randn(576, 200, generator=g))
+    x = torch.randn(2, 3, 200, generator=g).to(dtype).requires_grad_()
+    out = fp8_linear(x, weight, scale)
+    assert out.dtype == dtype and torch.equal(out, linear(x, dequantize(weight, scale, dtype)))
+    out.sum().backward()  # through the weight to x
+    assert x.grad is not None
+
+
+def test_on_a_cpu_experts_are_dequantised() -> None:
+    g = torch.Generator().manual_seed(0)
+    (w1, s1), (w2, s2), (w3, s3) = (
+        quantize(torch.randn(s, generator=g) / 10) for s in ((4, 130, 70), (4, 70, 130), (4, 130, 70))
+    )
+    x, gate = torch.randn(9, 70, generator=g), torch.rand(9, 2, generator=g)
+    indices = torch.randint(0, 4, (9, 2), generator=g)
+    dense = [dequantize(w, s, torch.float32) for w, s in ((w1, s1), (w2, s2), (w3, s3))]
+    expected = experts(x, *dense, indices, gate)
+    assert torch.equal(fp8_experts(x, w1, s1, w2, s2, w3, s3, indices, gate), expected)
+
+
+def test_an_unknown_path_is_refused() -> None:
+    weight, scale = quantize(torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="path: expected 'reference', 'weight only' or 'fp8', got 'best'"):
+        fp8_linear(torch.zeros(1, 4), weight, scale, "best")
+    stacked = (weight[None], scale[None]) * 3
+    with pytest.raises(ValueError, match="path: expected 'reference', 'weight only' or 'fp8', got 'best'"):
+        fp8_experts(torch.zeros(1, 4), *stacked, torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), "best")

@@ -1,0 +1,118 @@
+"""Brings the (token, choice) pairs into the order of their experts, on the device: a counting sort in three kernels.
+
+Each program counts its chunk's choices by expert; one program turns the counts into every chunk's first places, each
+expert's first row and the list of row tiles; then each program puts its chunk in place. Stable and deterministic.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 1024  # choices of a program
+TILE = 128  # rows of a tile
+
+
+class Order(NamedTuple):
+    """`N = T·K` rows in the order of their experts. Everything but `weight` is int32."""
+
+    token: Tensor  # [N] the row's token
+    weight: Tensor  # [N] float32, the row's weight
+    place: Tensor  # [N] the row of choice t * K + k
+    starts: Tensor  # [E + 1] each expert's first row; N at the end
+    table: Tensor  # [1 + ⌈N / 128⌉ + E, 4] first the number of row tiles, then each tile's expert, first row and end
+
+
+@triton.jit
+def _count(indices, counts, N, E, EP: tl.constexpr, PART: tl.constexpr, CHUNK: tl.constexpr):
+    experts = tl.arange(0, EP)
+    total = tl.zeros([EP], tl.int32)
+    for i in range(0, CHUNK, PART):
+        at = tl.program_id(0) * CHUNK + i + tl.arange(0, PART)
+        expert = tl.load(indices + at, mask=at < N, other=-1).to(tl.int32)
+        total += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
+    tl.store(counts + tl.program_id(0) * EP + experts, total)
+
+
+@triton.jit
+def _offsets(counts, starts, table, chunks, tiles, E, EP: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
+    """Turns counts `[chunks, EP]` into each chunk's first places, in their own room; writes starts and table."""
+    experts = tl.arange(0, EP)
+    total = tl.zeros([EP], tl.int32)
+    i = 0
+    while i < chunks:
+        at = i + tl.arange(0, PART)
+        block = tl.load(counts + at[:, None] * EP + experts[None, :], mask=(at < chunks)[:, None], other=0)
+        total += tl.sum(block, 0)
+        i += PART
+    ends = tl.cumsum(total, 0)
+    first = ends - total
+    tl.store(starts + experts, first, mask=experts < E)
+    tl.store(starts + E, tl.sum(total, 0))
+    base = first
+    i = 0
+    while i < chunks:
+        at = i + tl.arange(0, PART)
+        spot = counts + at[:, None] * EP + experts[None, :]
+        block = tl.load(spot, mask=(at < chunks)[:, None], other=0)
+        tl.store(spot, base[None, :] + tl.cumsum(block, 0) - block, mask=(at < chunks)[:, None])
+        base += tl.sum(block, 0)
+        i += PART
+    mine = (total + TILE - 1) // TILE
+    tile_ends = tl.cumsum(mine, 0)
+    tl.store(table, tl.sum(mine, 0))
+    i = 0
+    while i < tiles:
+        tile = i + tl.arange(0, PART)
+        expert = tl.sum((tile_ends[None, :] <= tile[:, None]).to(tl.int32), 1)  # EP where there is no such tile
+        own = expert[:, None] == experts[None, :]
+        row = tl.sum(tl.where(own, (first - (tile_ends - mine) * TILE)[None, :], 0), 1) + tile * TILE
+        end = tl.sum(tl.where(own, ends[None, :], 0), 1)
+        spot = table + 4 + tile * 4
+        tl.store(spot, expert, mask=tile < tiles)
+        tl.store(spot + 1, row, mask=tile < tiles)
+        tl.store(spot + 2, end, mask=tile < tiles)
+        i += PART
+
+
+@triton.jit
+def _place(indices, weights, firsts, token, weight, place, N, K, EP: tl.constexpr, PART: tl.constexpr,
+           CHUNK: tl.constexpr):  # fmt: skip
+    experts = tl.arange(0, EP)
+    base = tl.load(firsts + tl.program_id(0) * EP + experts)
+    for i in range(0, CHUNK, PART):
+        at = tl.program_id(0) * CHUNK + i + tl.arange(0, PART)
+        live = at < N
+        own = tl.load(indices + at, mask=live, other=-1).to(tl.int32)[:, None] == experts[None, :]
+        ones = own.to(tl.int32)
+        row = tl.sum(tl.where(own, base[None, :] + tl.cumsum(ones, 0) - 1, 0), 1)
+        base += tl.sum(ones, 0)
+        tl.store(token + row, at // K, mask=live)
+        tl.store(weight + row, tl.load(weights + at, mask=live).to(tl.float32), mask=live)
+        tl.store(place + at, row, mask=live)
+
+
+def order_by_expert(indices: Tensor, weights: Tensor, experts: int) -> Order:
+    """The order of `indices [T, K]` (each in 0..experts - 1) and `weights [T, K]`, without a word to the host."""
+    N, chosen = indices.numel(), indices.shape[1]
+    chunks, tiles = -(-N // CHUNK), -(-N // TILE) + experts
+    width = max(16, triton.next_power_of_2(experts))
+    part = max(16, min(128, 8192 // width))
+    flat = indices.contiguous()
+    new = {"dtype": torch.int32, "device": indices.device}
+    counts = torch.empty(chunks * width, **new)
+    order = Order(
+        torch.empty(N, **new),
+        torch.empty(N, dtype=torch.float32, device=indices.device),
+        torch.empty(N, **new),
+        torch.empty(experts + 1, **new),
+        torch.empty(tiles + 1, 4, **new),
+    )
+    _count[(chunks,)](flat, counts, N, experts, width, part, CHUNK)
+    _offsets[(1,)](counts, order.starts, order.table, chunks, tiles, experts, width, part, TILE, num_warps=8)
+    _place[(chunks,)](
+        flat, weights.contiguous(), counts, order.token, order.weight, order.place, N, chosen, width, part, CHUNK
+    )
+    return order
