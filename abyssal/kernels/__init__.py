@@ -1,3 +1,3 @@
 """Kernels for NVIDIA GPUs in Triton and Gluon, one idea a file. Only this room imports Triton, and only `ops/`
-imports this room, when a CUDA tensor arrives: everything runs, slower, without it.
+and `bench/` import this room, when a CUDA tensor arrives: everything runs, slower, without it.
 """

@@ -23,6 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from abyssal.kernels.gluon import thread_barrier
+
 KEYS = 128  # a tile of the plan
 LOG2E = 1.4426950408889634
 
@@ -147,7 +149,7 @@ def backward_kernel(
         keys = gl.arange(0, BN, gl.SliceLayout(1, s_layout))
         queries = gl.arange(0, BM, query_layout)
         mbarrier.wait(bar_k, 0)
-        gl.thread_barrier()
+        thread_barrier()
 
         for i in range(steps):
             stage = i & 1
@@ -173,7 +175,7 @@ def backward_kernel(
             dpt = warpgroup_mma(v_i, do_i.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             st = warpgroup_mma_wait(1, deps=[st])
             # Past here every warp has left the other stage, and dS, of the tile before.
-            gl.thread_barrier()
+            thread_barrier()
             row = key0 + (i + 1) * BM
             tma.async_copy_global_to_shared(
                 q_nope, [row, head * q_nope_head], bar_qn.index(other), qn.index(other), pred=more
@@ -201,7 +203,7 @@ def backward_kernel(
             mbarrier.expect(bar_qr.index(stage), q_rope.block_type.nbytes, pred=later)
             mbarrier.expect(bar_do.index(stage), d_out.block_type.nbytes, pred=later)
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             dvs = warpgroup_mma_wait(0, deps=[dvs])  # gives back the registers of Pᵀ
             lse_next = gl.load(line_at, mask=more, other=0.0)
             delta_next = gl.load(line_at + stats_row, mask=more, other=0.0)

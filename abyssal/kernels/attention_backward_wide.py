@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from abyssal.kernels.attention_backward_gluon import add_queries, head_and_rank
+from abyssal.kernels.gluon import thread_barrier
 
 
 @gluon.jit
@@ -118,7 +119,7 @@ def wide_kernel(
             mbarrier.wait(bar_do, i & 1)
             dpt = warpgroup_mma(v_i, do_i.permute((1, 0)), s_zero, use_acc=False, is_async=True)
             st = warpgroup_mma_wait(1, deps=[st])
-            gl.thread_barrier()
+            thread_barrier()
             lse = lse_shared.load(query_layout)
             pt = gl.exp2(st * scale_log2 - lse[None, :])
             pt = gl.where(keys[:, None] <= queries[None, :] + i * BM, pt, 0.0)
@@ -127,7 +128,7 @@ def wide_kernel(
             dpt = warpgroup_mma_wait(0, deps=[dpt])
             ds_i.store((pt * (dpt - delta[None, :])).to(dtype))
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             lse_shared.store(lse_next)
             delta_shared.store(delta_next)
 
@@ -136,19 +137,19 @@ def wide_kernel(
             dks = warpgroup_mma(ds_i, q_i, dks, is_async=True)
             dq_low = warpgroup_mma_wait(1, deps=[dq_low])
             add_queries(dq_at, dq_low, 1, W)
-            gl.thread_barrier()  # without it ptxas gives both halves of dQ registers of their own, and has too few
+            thread_barrier()  # without it ptxas gives both halves of dQ registers of their own, and has too few
             dq_high = warpgroup_mma(ds, k_halves.index(zero + 1), dq_zero, use_acc=False, is_async=True)
             dvs = warpgroup_mma(p_i, do_i, dvs, is_async=True)
             dks = warpgroup_mma_wait(2, deps=[dks])
             mbarrier.expect(bar_q, BM * W * 2, pred=more)
-            gl.thread_barrier()
+            thread_barrier()
             row = key0 + (i + 1) * BM
             _load_panels(q_nope, q_rope, q_panels, bar_q, row, head * q_nope_head, head * q_rope_head, more)
             dq_high = warpgroup_mma_wait(1, deps=[dq_high])
             add_queries(dq_at + 64 * (W // 2), dq_high, 1, W)
             dvs = warpgroup_mma_wait(0, deps=[dvs])
             mbarrier.expect(bar_do, BM * W * 2, pred=more)
-            gl.thread_barrier()
+            thread_barrier()
             tma.async_copy_global_to_shared(d_out, [row, head * d_out_head], bar_do, do.index(0), pred=more)
             dq_at += BM * W
 

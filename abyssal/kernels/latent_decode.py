@@ -14,11 +14,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_wait
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
-FEW_ROWS, MANY_ROWS = (64, 32, 4), (128, 8, 1)
 
 # 2^120: what bf16's wider exponent takes from an e4m3 number whose bits are moved into place.
 REBIAS = tl.constexpr(2.0**120)
@@ -176,7 +174,7 @@ def _attend(
 def _merge(
     cu_q, context_lens, out, lse, part, part_lse, S, P,
     H: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, OVERLAP: tl.constexpr,
+    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
 ):  # fmt: skip
     """One query of one head and BC columns a program, where a sequence's tiles lay in more than one range."""
     t, h = tl.program_id(0) // H, tl.program_id(0) % H
@@ -187,8 +185,6 @@ def _merge(
     chunk = tl.maximum((tl.sum(n) + P - 1) // P, 1)
     begin = tl.sum(tl.where(i < s, n, 0))
     first, last = begin // chunk, (begin + tl.sum(tl.where(i == s, n, 0)) - 1) // chunk
-    if OVERLAP:
-        gdc_wait()
     if first < last:
         p = tl.arange(0, P_PAD)
         mine = (p >= first) & (p <= last)
@@ -263,26 +259,20 @@ def latent_decode(
 
 def merge(
     cu_q: Tensor, context_lens: Tensor, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor,
-    P: int, blocks: int, BM: int, BN: int, overlap: bool = False, shape: tuple[int, int, int] | None = None,
+    P: int, blocks: int, BM: int, BN: int,
 ) -> None:  # fmt: skip
-    """Fills `out` and `lse` where a sequence's tiles lay in several of the P ranges. With `overlap` its programs take
-    their places while the launch before still runs, and wait for its end in the kernel (compute capability 9)."""
+    """Fills `out` and `lse` where a sequence's tiles lay in several of the P ranges."""
     T, H, C = out.shape
     S = context_lens.shape[0]
-    columns, at_once, warps = shape or _merging(T * H)
+    # Few rows are cut finely, to be merged by many programs; of many, most have nothing to merge and should cost
+    # little.
+    columns, at_once = (64, 32) if T * H <= 256 else (512, 8)
     columns = min(triton.next_power_of_2(C), columns)
     _merge[(T * H, triton.cdiv(C, columns))](
         cu_q, context_lens, out, lse, part, part_lse, S, P,
         H=H, C=C, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, BN=BN,
-        P_PAD=triton.next_power_of_2(P), BC=columns, BP=at_once, OVERLAP=overlap, num_warps=warps,
-        **({"launch_pdl": True} if overlap else {}),
+        P_PAD=triton.next_power_of_2(P), BC=columns, BP=at_once, num_warps=4,
     )  # fmt: skip
-
-
-def _merging(rows: int) -> tuple[int, int, int]:
-    """Columns a program, parts at once and warps. Few rows have many parts each and are cut finely; of many, most have
-    few parts or none, and a program of one warp needs no barrier to find that out."""
-    return FEW_ROWS if rows <= 64 else MANY_ROWS
 
 
 def processors(device: torch.device) -> int:

@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from abyssal.kernels.gluon import thread_barrier
 from abyssal.kernels.latent_decode import LOG2E, merge, processors
 
 BN = gl.constexpr(64)  # cached rows a tile
@@ -86,7 +87,7 @@ def _clear(half, inside):
         part = half.slice(k * 64, 64, dim=1)
         part.store(gl.where((token < inside)[:, None], part.load(layout), 0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit
@@ -139,7 +140,7 @@ def _attend_to(
             q_smem.index(1).store(q_high)
             qr_smem.store(qr)
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             live = r < queries * H
             limit = gl.where(live, length - (queries - 1 - r // H), 0)  # how many cached rows a query sees
             m = gl.full([BM], float("-inf"), gl.float32, of_row)
@@ -156,7 +157,7 @@ def _attend_to(
                 mbarrier.wait(full.index(high), ((2 * n + 1) // NH) & 1)
                 x = warpgroup_mma(halves.index(high), q_smem.index(1).permute([1, 0]), x, is_async=True)
                 x = warpgroup_mma_wait(0, deps=[x]) * scale
-                gl.thread_barrier()
+                thread_barrier()
                 mbarrier.arrive(rope_empty.index(rope))
                 if i * BN + BN > length - queries + 1:
                     x = gl.where((i * BN + token)[:, None] < limit[None, :], x, float("-inf"))
@@ -172,15 +173,15 @@ def _attend_to(
                 acc_low = acc_low * fade[None, :]
                 acc_high = acc_high * fade[None, :]
                 fence_async_shared()
-                gl.thread_barrier()
+                thread_barrier()
                 weights = p_smem.permute([1, 0])
                 acc_low = warpgroup_mma(halves.index(low).permute([1, 0]), weights, acc_low, is_async=True)
                 acc_high = warpgroup_mma(halves.index(high).permute([1, 0]), weights, acc_high, is_async=True)
                 acc_low = warpgroup_mma_wait(1, deps=[acc_low])
-                gl.thread_barrier()
+                thread_barrier()
                 mbarrier.arrive(empty.index(low))
                 acc_high = warpgroup_mma_wait(0, deps=[acc_high])
-                gl.thread_barrier()
+                thread_barrier()
                 mbarrier.arrive(empty.index(high))
                 m = larger
                 n += 1
@@ -207,10 +208,6 @@ def _attend(
     S_PAD: gl.constexpr, BLOCKS: gl.constexpr, BM: gl.constexpr, NH: gl.constexpr, NR: gl.constexpr,
     Q_FIRST: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    # The merging launch may take its place beside this one already: it waits for this one's end by itself.
-    gl.inline_asm_elementwise(
-        "griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [S], gl.int32, is_pure=False, pack=1
-    )
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     halves = gl.allocate_shared_memory(gl.bfloat16, [NH, BN, HALF], halves_at.layout)
     ropes = gl.allocate_shared_memory(gl.bfloat16, [NR, BN, ROPE], ropes_at.layout)
@@ -230,7 +227,7 @@ def _attend(
         mbarrier.init(rope_empty.index(i), count=1)
     mbarrier.init(q_asked, count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
     block, p = gl.program_id(0) % BLOCKS, gl.program_id(0) // BLOCKS
     i = gl.arange(0, S_PAD, gl.BlockedLayout([1], [32], [4], [0]))
@@ -265,8 +262,7 @@ def _attend(
         )  # fmt: skip
 
 
-# By rows a program: halves and rotary parts on their way, and registers a thread, few enough that the merging launch
-# finds room beside this one (measured on an H100).
+# By rows a program: halves and rotary parts on their way, and registers a thread (measured on an H100).
 SETTINGS = {
     16: {"NH": 6, "NR": 1, "Q_FIRST": True, "maxnreg": 128},
     32: {"NH": 5, "NR": 2, "Q_FIRST": True, "maxnreg": 152},
@@ -284,7 +280,6 @@ def latent_decode_few(
     max_q: int,
     scale: float,
     settings: dict[str, int] | None = None,
-    overlap: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `latent_decode.latent_decode`, for bf16 rows of 512 + 64 in pages of a multiple of 64 rows, on compute
     capability 9."""
@@ -309,5 +304,5 @@ def latent_decode_few(
         q_rope.stride(1), scale * LOG2E, H, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, **use,
         num_warps=4,
     )  # fmt: skip
-    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64, overlap=overlap)
+    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64)
     return out, lse

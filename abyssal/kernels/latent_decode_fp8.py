@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from abyssal.kernels.gluon import thread_barrier
 from abyssal.kernels.latent_decode import LOG2E, REBIAS, merge, processors
 
 # As `latent_decode.E4M3_TO_BF16`, a word of four bytes to two words of two, by a float32 factor.
@@ -140,7 +141,7 @@ def _unpack(
             mbarrier.wait(arrived.index(slot), (unit // RING) & 1)
             bytes = raw.index(slot).load(wide)
             k = raw_rope.index(slot).load(wide)
-            gl.thread_barrier()
+            thread_barrier()
             # The slot is next for a unit of this tile or one of the next two.
             at = _select((sub + RING) // UNITS, row, row1, row2) + (sub + RING) % UNITS * RR
             _request(
@@ -157,7 +158,7 @@ def _unpack(
             buffer.slice(sub * RR, RR, dim=0).store(gl.reshape(gl.join(low, high), [RR, LATENT // 2]))
             buffer_rope.slice(sub * RR, RR, dim=0).store(k)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         mbarrier.arrive(full.index(b))
         row, inside, row1, inside1 = row1, inside1, row2, inside2
 
@@ -200,7 +201,7 @@ def _multiply(
             q_smem.store(q)
             qr_smem.store(qr)
             fence_async_shared()
-            gl.thread_barrier()
+            thread_barrier()
             live = r < queries * H
             limit = gl.where(live, length - (queries - 1 - r // H), 0)
             m = gl.full([BM], float("-inf"), gl.float32, of_row)
@@ -224,10 +225,10 @@ def _multiply(
                 acc = acc * fade[None, :]
                 p_smem.permute([1, 0]).store(x.to(gl.bfloat16))
                 fence_async_shared()
-                gl.thread_barrier()
+                thread_barrier()
                 acc = warpgroup_mma(latent.index(b).permute([1, 0]), p_smem.permute([1, 0]), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
-                gl.thread_barrier()
+                thread_barrier()
                 mbarrier.arrive(empty.index(b))
                 m = larger
                 turn += 1
@@ -273,7 +274,7 @@ def _attend(
     for i in gl.static_range(RING):
         mbarrier.init(arrived.index(i), count=1)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
 
     block, p = gl.program_id(0) % BLOCKS, gl.program_id(0) // BLOCKS
     at = gl.arange(0, S_PAD, gl.BlockedLayout([1], [32], [4], [0]))
@@ -346,5 +347,5 @@ def latent_decode_fp8(
         q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), scale * LOG2E, H,
         S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, **use, num_warps=4,
     )  # fmt: skip
-    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64, overlap=True)
+    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64)
     return out, lse

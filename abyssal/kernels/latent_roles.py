@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from abyssal.kernels.gluon import thread_barrier
 from abyssal.kernels.latent_split import arrive, merge, part_of, span_of
 
 TILE = gl.constexpr(64)  # rows of work a tile, and tokens a page
@@ -137,7 +138,7 @@ def _softmax(scores, most, total, i, n, ends, limits, scale2, rings, bars, NR: g
         whole = total * alpha + gl.sum(probs, 1)
         inverse.index(segment & 1).store(gl.where(whole > 0.0, 1.0 / whole, 0.0))
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     mbarrier.arrive(p_ready)
     mbarrier.arrive(rope_empty.index(n % NR))
     return higher, total * alpha + gl.sum(probs, 1)
@@ -189,16 +190,16 @@ def scores(
                 q_low = q_lo
                 if Q_REGS:
                     q_latent.index(0).store(q_lo)
-                    gl.thread_barrier()
+                    thread_barrier()
                     q_low = q_latent.index(0).load(operand)
-                    gl.thread_barrier()
+                    thread_barrier()
                     q_latent.index(0).store(q_hi)
                 else:
                     q_latent.index(0).store(q_lo)
                     q_latent.index(1).store(q_hi)
                 q_rope.store(q_r)
                 fence_async_shared()
-                gl.thread_barrier()
+                thread_barrier()
                 # Query t of a sequence's sees all tokens but those of the queries after it.
                 queries = rows // H
                 seen = length - queries + 1 + (row0 + row) // H
@@ -274,10 +275,10 @@ def values(
                             kept = gl.where((i * TILE + token < length)[:, None], quarter.load(tile), 0.0)
                             quarter.store(kept.to(gl.bfloat16))
                         fence_async_shared()
-                        gl.thread_barrier()
+                        thread_barrier()
                     acc = warpgroup_mma(p, v, acc, is_async=True)
                     acc = warpgroup_mma_wait(0, deps=[acc])
-                    gl.thread_barrier()
+                    thread_barrier()
                     mbarrier.arrive(empty.index(h % NH))
                     mbarrier.arrive(p_free)
                     n += 1

@@ -13,6 +13,8 @@ nothing must be reset between launches. The order of merging follows from the le
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from abyssal.kernels.gluon import thread_barrier
+
 QUARTERS = gl.constexpr(4)
 ROWS = gl.constexpr(64)
 WRITERS = gl.constexpr(3)
@@ -62,7 +64,7 @@ def part_of(base, count, lo, hi):
 @gluon.jit
 def arrive(flag):
     """All of this warpgroup's writes are done."""
-    gl.thread_barrier()
+    thread_barrier()
     gl.atomic_add(flag, 1, sem="release", scope="gpu")
 
 
@@ -78,7 +80,7 @@ def _wait(flags, base_flag, first, count, G: gl.constexpr):
         missing = missing & (seen < WRITERS)
         left = gl.max(missing.to(gl.int32), 0)
     gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.b32 $0, $1;", "=r,r", [at], dtype=gl.int32, is_pure=False, pack=1)
-    gl.thread_barrier()
+    thread_barrier()
 
 
 @gluon.jit

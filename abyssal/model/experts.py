@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from abyssal.config import ModelConfig
 from abyssal.model.layers import MLP, Pinned
-from abyssal.ops.experts import experts, with_shared
+from abyssal.ops.experts import experts, read_together, with_shared
 from abyssal.ops.fp8_linear import fp8_experts
 from abyssal.ops.gate import gate
 
@@ -94,9 +94,8 @@ class MoE(nn.Module):
         """`[T, D]` -> `[T, D]` and what the gate decided."""
         routing = self.gate(x)
         e, s = self.experts, self.shared_experts
-        if s is None:
-            return e(x, routing), routing
-        if e.w1_scale is not None or s.w1.scale is not None:
-            return e(x, routing) + s(x), routing
-        w1, w2, w3 = (w.weight.to(x.dtype) for w in (s.w1, s.w2, s.w3))
-        return with_shared(x, e.w1, e.w2, e.w3, routing.indices, routing.weights, w1, w2, w3), routing
+        if s is not None and s.w1.scale is None and read_together(x, e.w1, e.w2, e.w3, s.w1.weight):
+            shared = s.w1.weight, s.w2.weight, s.w3.weight
+            return with_shared(x, e.w1, e.w2, e.w3, routing.indices, routing.weights, *shared), routing
+        y = e(x, routing)
+        return (y if s is None else y + s(x)), routing

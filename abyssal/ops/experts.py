@@ -64,6 +64,13 @@ def _chosen(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weig
     return "fused" if generation == 9 and indices.numel() else "grouped"
 
 
+def read_together(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, shared_w1: Tensor) -> bool:
+    """Whether `with_shared` reads routed and shared experts in the same launches: few tokens of bf16 on a GPU, no
+    gradient, nothing being compiled."""
+    alike = x.dtype == w1.dtype == shared_w1.dtype and shared_w1.shape[0] % w1.shape[1] == 0
+    return alike and not torch.compiler.is_compiling() and _chosen(x, w1, w2, w3, x, x) == "decode"
+
+
 def with_shared(
     x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor,
     shared_w1: Tensor, shared_w2: Tensor, shared_w3: Tensor, path: str | None = None,
@@ -74,7 +81,7 @@ def with_shared(
     shared experts are read in the same launches.
     """
     path = path or _chosen(x, w1, w2, w3, indices, weights)
-    if path == "decode" and not torch.compiler.is_compiling():
+    if path == "decode":
         from abyssal.kernels.experts_decode import moe_decode
 
         return moe_decode(x, w1, w2, w3, indices, weights, shared_w1, shared_w2, shared_w3)

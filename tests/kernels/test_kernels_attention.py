@@ -4,25 +4,11 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from triton.runtime import interpreter
 
 from abyssal.kernels.attention_backward import KEYS, Buffers, attention_backward, plan_kernel
 from abyssal.kernels.attention_join import beside, join, sum_heads
 from abyssal.ops.attention import attention
 from abyssal.ops.paged import cumulative
-
-_patch = interpreter._patch_lang_tensor
-
-
-@pytest.fixture(autouse=True)
-def loops_over_loaded_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6's interpreter turns an array of one element into an int, which numpy 2.4 refuses."""
-
-    def patched(tensor, scope) -> None:
-        _patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def gradients(lens: list[int], H: int, N: int, R: int, V: int, seed: int) -> None:

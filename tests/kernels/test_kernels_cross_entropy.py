@@ -4,24 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
 
 from abyssal.kernels.cross_entropy import logits_buffer, loss_and_gradient
 from abyssal.ops import cross_entropy
-
-
-@pytest.fixture(autouse=True, scope="module")
-def integers_from_arrays():
-    """Triton 3.6's interpreter turns an array of one element into an int, which numpy 2.4 refuses."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-        yield
 
 
 @settings(max_examples=10, deadline=None)

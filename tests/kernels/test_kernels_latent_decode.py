@@ -1,29 +1,15 @@
 """The portable decoding kernel and its merge, through Triton's interpreter, against products in float64."""
 
-import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton.runtime import interpreter
 
 from abyssal.kernels.latent_decode import latent_decode
 from abyssal.ops.latent_decode import latent_decode_lse
 from abyssal.ops.latent_rows import pack_rows, unpack_rows
 
 SCALE = 0.37
-
-
-@pytest.fixture(autouse=True)
-def bounds_of_one_element(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop's bounds are arrays of one element in the interpreter, which NumPy 2.4 no longer takes for integers."""
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope) -> None:
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
 
 def paged(lens: list[int], page_size: int, W: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
