@@ -1,7 +1,6 @@
-"""Kernels run through Triton's interpreter here, on CPU tensors. It must be asked for before Triton is imported; where
-there is a GPU the same operations are left to `tests/gpu`."""
+"""Kernels run through Triton's interpreter here, on CPU tensors; where there is a GPU the same operations are left to
+`tests/gpu`."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 if torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 else:
-    os.environ["TRITON_INTERPRET"] = "1"
     pytest.importorskip("triton")
 
 
