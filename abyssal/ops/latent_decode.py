@@ -71,7 +71,7 @@ def latent_decode_lse(
     wider: what merging with attention over other rows takes."""
     q_rope = q_latent[..., :0] if q_rope is None else q_rope
     return torch.ops.abyssal.latent_decode(
-        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q
+        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q, True
     )  # fmt: skip
 
 
@@ -86,7 +86,9 @@ def _latent_decode(
     scale: float,
     path: str | None = None,
     max_q: int | None = None,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """The second result is empty unless asked for: on a CPU it costs a decoding step more than nothing."""
     packed = rows.dtype == torch.uint8
     if packed and row_bytes(q_latent.shape[-1], q_rope.shape[-1]) != rows.shape[1]:
         raise ValueError(
@@ -98,12 +100,14 @@ def _latent_decode(
     if path in ("triton", "hopper"):
         most = q_latent.shape[0] if max_q is None else max_q
         few = most * q_latent.shape[1] <= FEW_ROWS or block_table.numel() * page_size <= FEW_CACHED
-        return _kernel(path, packed, few)(q_latent, q_rope, *where, most, scale)
+        out, lse = _kernel(path, packed, few)(q_latent, q_rope, *where, most, scale)
+        return out, lse if with_lse else lse.new_empty(0)
     if path == "reference":
-        return _reference(q_latent, q_rope, *where, scale)
+        out, lse = _reference(q_latent, q_rope, *where, scale)
+        return out, lse if with_lse else lse.new_empty(0)
     if path == "flash" and _one_page(rows, context_lens, page_size):
         lists = cu_q.tolist(), block_table.tolist(), context_lens.tolist()
-        return _flash_path(q_latent, q_rope, rows, *lists, page_size, scale)
+        return _flash_path(q_latent, q_rope, rows, *lists, page_size, scale, with_lse)
     raise ValueError(
         f"path: expected 'reference', 'triton', 'hopper', or 'flash' for contexts of one page, got {path!r}"
     )
@@ -177,8 +181,9 @@ def _flash_path(
     lens: list[int],
     page_size: int,
     scale: float,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q_latent)
+    out, lse = _outputs(q_latent, with_lse)
     pages = [table[0] if table else 0 for table in tables]
     q, by_page = torch.cat((q_latent, q_rope), -1), rows.view(-1, page_size, rows.shape[1])
     together = _alike(starts, lens, pages)
@@ -187,15 +192,17 @@ def _flash_path(
         if q0 < q1:
             contexts = by_page[pages[first] : pages[first] + last - first]
             queries = q[q0:q1].unflatten(0, (last - first, -1))
-            found, sums = _flashed(queries, contexts, lens[first:last], q_latent.shape[-1], scale)
-            out[q0:q1], lse[q0:q1] = found.flatten(0, 1), sums.flatten(0, 1)
+            found, sums = _flashed(queries, contexts, lens[first:last], q_latent.shape[-1], scale, with_lse)
+            out[q0:q1] = found.flatten(0, 1)
+            if with_lse:
+                lse[q0:q1] = sums.flatten(0, 1)
     return out, lse
 
 
-def _outputs(q_latent: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(q_latent: Tensor, with_lse: bool = True) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q_latent.dtype, torch.float32)
     out = torch.empty_like(q_latent, memory_format=torch.contiguous_format)
-    return out, torch.empty(q_latent.shape[:2], dtype=wide, device=q_latent.device)
+    return out, torch.empty(q_latent.shape[:2] if with_lse else 0, dtype=wide, device=q_latent.device)
 
 
 def _products(q_latent: Tensor, q_rope: Tensor, context: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -216,7 +223,9 @@ def _alike(starts: list[int], lens: list[int], pages: list[int]) -> bool:
     return len(queries) == 1 and in_a_row and max(lens) * len(lens) <= 2 * sum(lens)
 
 
-def _flashed(q: Tensor, contexts: Tensor, lens: list[int], rank: int, scale: float) -> tuple[Tensor, Tensor]:
+def _flashed(
+    q: Tensor, contexts: Tensor, lens: list[int], rank: int, scale: float, with_lse: bool
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`q [S, t, H, C + R]`, `contexts [S, page_size, C + R]` with `lens` rows each -> `[S, t, H, C]`, `[S, t, H]`.
 
     The kernel runs a thread a sequence and head. Heads, which share the rows, are laid out as queries of one head;
@@ -241,7 +250,7 @@ def _flashed(q: Tensor, contexts: Tensor, lens: list[int], rank: int, scale: flo
     out = out[..., :rank]
     if parts > 1:
         out = (out * lse.softmax(1).to(out.dtype)[..., None]).sum(1, keepdim=True)
-        lse = lse.logsumexp(1, keepdim=True)
+        lse = lse.logsumexp(1, keepdim=True) if with_lse else lse[:, :1]
     return out.reshape(S, t, H, rank), lse.reshape(S, t, H)
 
 
@@ -256,8 +265,9 @@ def _fake(
     scale: float,
     path: str | None = None,
     max_q: int | None = None,
+    with_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(q_latent)
+    return _outputs(q_latent, with_lse)
 
 
 # Opaque to torch.compile: the loop over sequences reads their lengths, and a compiled step must not depend on them.
@@ -265,7 +275,7 @@ def _fake(
 torch.library.define(
     "abyssal::latent_decode",
     "(Tensor q_latent, Tensor q_rope, Tensor rows, Tensor cu_q, Tensor block_table, Tensor context_lens, "
-    "int page_size, float scale, str? path=None, SymInt? max_q=None) -> (Tensor, Tensor)",
+    "int page_size, float scale, str? path=None, SymInt? max_q=None, bool with_lse=False) -> (Tensor, Tensor)",
 )
 torch.library.impl("abyssal::latent_decode", "CompositeExplicitAutograd", _latent_decode)
 torch.library.register_fake("abyssal::latent_decode", _fake)
