@@ -25,39 +25,23 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from abyssal.kernels.gluon import thread_barrier
 from abyssal.kernels.latent_decode import LOG2E, merge, processors
+from abyssal.kernels.latent_ranges import BN, range_of, tiles_of
 
-BN = gl.constexpr(64)  # cached rows a tile
 HALF, ROPE = gl.constexpr(256), gl.constexpr(64)
 
 
 @gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _tiles_of(cu_q, context_lens, s, H, block, BM: gl.constexpr):
-    """Of sequence s: its first query, queries, length, and tiles for this block of rows."""
-    q0 = gl.load(cu_q + s)
-    queries = gl.load(cu_q + s + 1) - q0
-    length = gl.load(context_lens + s)
-    return q0, queries, length, gl.where(queries * H > block * BM, (length + BN - 1) // BN, 0)
-
-
-@gluon.jit
 def _read(
-    plan, lists, halves_at, ropes_at, halves, ropes, bars, BM: gl.constexpr, NH: gl.constexpr, NR: gl.constexpr,
-    Q_FIRST: gl.constexpr
+    plan, lists, halves_at, ropes_at, halves, ropes, bars, BM: gl.constexpr, NH: gl.constexpr, NR: gl.constexpr
 ):  # fmt: skip
     """One warp: every tile of the range into the rings, as room appears."""
     s, begin, tile, last, block = plan
     cu_q, context_lens, H, table, pages, page_size = lists
     full, empty, rope_full, rope_empty, q_asked = bars
-    _, _, _, tiles = _tiles_of(cu_q, context_lens, s, H, block, BM)
+    _, _, _, tiles = tiles_of(cu_q, context_lens, s, H, block, BM)
     page = gl.load(table + s * pages + (tile - begin) * BN // page_size)
-    if Q_FIRST:
-        # Behind the requests of several tiles the queries would wait for all of those.
-        mbarrier.wait(q_asked, 0)
+    # Behind the requests of several tiles the queries would wait for all of those.
+    mbarrier.wait(q_asked, 0)
     for n in range(last - tile):
         t = (tile + n - begin) * BN
         row = page * page_size + t % page_size
@@ -65,7 +49,7 @@ def _read(
             while tile + n + 1 >= begin + tiles:
                 begin += tiles
                 s += 1
-                _, _, _, tiles = _tiles_of(cu_q, context_lens, s, H, block, BM)
+                _, _, _, tiles = tiles_of(cu_q, context_lens, s, H, block, BM)
             page = gl.load(table + s * pages + (tile + n + 1 - begin) * BN // page_size)
         for half in gl.static_range(2):
             h = 2 * n + half
@@ -124,7 +108,7 @@ def _attend_to(
     r_narrow = block * BM + gl.arange(0, BM, gl.SliceLayout(1, narrow))
     n = 0
     while tile < last:
-        q0, queries, length, tiles = _tiles_of(cu_q, context_lens, s, H, block, BM)
+        q0, queries, length, tiles = tiles_of(cu_q, context_lens, s, H, block, BM)
         stop = gl.minimum(begin + tiles, last)
         if tile < stop:
             at = q_latent + ((q0 + r_wide // H).to(gl.int64) * stride_qt + (r_wide % H) * stride_qh)[:, None] + c
@@ -206,7 +190,7 @@ def _attend(
     q_latent, q_rope, halves_at, ropes_at, cu_q, block_table, context_lens, out, lse, part, part_lse,
     S, P, pages, page_size, stride_qt, stride_qh, stride_rt, stride_rh, scale, H,
     S_PAD: gl.constexpr, BLOCKS: gl.constexpr, BM: gl.constexpr, NH: gl.constexpr, NR: gl.constexpr,
-    Q_FIRST: gl.constexpr, num_warps: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     halves = gl.allocate_shared_memory(gl.bfloat16, [NH, BN, HALF], halves_at.layout)
@@ -230,17 +214,7 @@ def _attend(
     thread_barrier()
 
     block, p = gl.program_id(0) % BLOCKS, gl.program_id(0) // BLOCKS
-    i = gl.arange(0, S_PAD, gl.BlockedLayout([1], [32], [4], [0]))
-    queries = gl.load(cu_q + i + 1, mask=i < S, other=0) - gl.load(cu_q + i, mask=i < S, other=0)
-    lens = gl.load(context_lens + i, mask=i < S, other=0)
-    tiles = gl.where(queries * H > block * BM, (lens + BN - 1) // BN, 0)
-    ends = gl.associative_scan(tiles, 0, _add)
-    count = gl.max(ends, 0)
-    chunk = gl.maximum((count + P - 1) // P, 1)
-    tile = p * chunk
-    last = gl.minimum(tile + chunk, count)
-    s = gl.sum((ends <= tile).to(gl.int32), 0)
-    begin = gl.max(gl.where(ends <= tile, ends, 0), 0)
+    s, begin, tile, last = range_of(p, P, cu_q, context_lens, S, H, block, S_PAD, BM)
     if tile < last:
         plan = (s, begin, tile, last, block)
         lists = (cu_q, context_lens, H)
@@ -255,7 +229,7 @@ def _attend(
                     plan, lists, where, strides, results, scale, 2 * p, halves, ropes, q_smem, qr_smem, p_smem, bars,
                     BM, BLOCKS, NH, NR,
                 )),
-                (_read, (plan, paged, halves_at, ropes_at, halves, ropes, bars, BM, NH, NR, Q_FIRST)),
+                (_read, (plan, paged, halves_at, ropes_at, halves, ropes, bars, BM, NH, NR)),
             ],
             [1],
             [24],
@@ -264,8 +238,8 @@ def _attend(
 
 # By rows a program: halves and rotary parts on their way, and registers a thread (measured on an H100).
 SETTINGS = {
-    16: {"NH": 6, "NR": 1, "Q_FIRST": True, "maxnreg": 128},
-    32: {"NH": 5, "NR": 2, "Q_FIRST": True, "maxnreg": 152},
+    16: {"NH": 6, "NR": 1, "maxnreg": 128},
+    32: {"NH": 5, "NR": 2, "maxnreg": 152},
 }
 
 
@@ -279,7 +253,6 @@ def latent_decode_few(
     page_size: int,
     max_q: int,
     scale: float,
-    settings: dict[str, int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `latent_decode.latent_decode`, for bf16 rows of 512 + 64 in pages of a multiple of 64 rows, on compute
     capability 9."""
@@ -290,19 +263,18 @@ def latent_decode_few(
     if not (T and S and H):
         return out, lse
     BM = 16 if max_q * H <= 16 else 32
-    use = SETTINGS[BM] | (settings or {})
     blocks = triton.cdiv(max_q * H, BM)
     P = max(processors(q_latent.device) // blocks, 1)
     part = torch.empty(2 * P * blocks * BM, C, dtype=torch.float32, device=q_latent.device)
     part_lse = torch.empty(2 * P * blocks * BM, dtype=torch.float32, device=q_latent.device)
     q_latent, q_rope = (q if q.stride(-1) == 1 else q.contiguous() for q in (q_latent, q_rope))
     layout = gl.NVMMASharedLayout(128, 16, 2)
+    halves_at, ropes_at = (TensorDescriptor.from_tensor(rows, [64, width], layout) for width in (256, 64))
     _attend[(P * blocks,)](
-        q_latent, q_rope, TensorDescriptor.from_tensor(rows, [64, 256], layout),
-        TensorDescriptor.from_tensor(rows, [64, 64], layout), cu_q, block_table, context_lens, out, lse, part, part_lse,
+        q_latent, q_rope, halves_at, ropes_at, cu_q, block_table, context_lens, out, lse, part, part_lse,
         S, P, block_table.stride(0), page_size, q_latent.stride(0), q_latent.stride(1), q_rope.stride(0),
-        q_rope.stride(1), scale * LOG2E, H, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, **use,
-        num_warps=4,
+        q_rope.stride(1), scale * LOG2E, H, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM,
+        **SETTINGS[BM], num_warps=4,
     )  # fmt: skip
     merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64)
     return out, lse

@@ -27,6 +27,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from abyssal.kernels.gluon import thread_barrier
 from abyssal.kernels.latent_decode import LOG2E, REBIAS, merge, processors
+from abyssal.kernels.latent_ranges import BN, range_of, tiles_of
 
 # As `latent_decode.E4M3_TO_BF16`, a word of four bytes to two words of two, by a float32 factor.
 E4M3_TO_BF16 = gl.constexpr("""{
@@ -45,23 +46,9 @@ fma.rn.bf16x2 $0, a, f, z;
 fma.rn.bf16x2 $1, b, f, z;
 }""")
 
-BN = gl.constexpr(64)
 BUFFERS = gl.constexpr(2)
 LATENT, ROPE, ROW = gl.constexpr(512), gl.constexpr(64), gl.constexpr(656)  # elements, elements, bytes
 LATENT_AT, SCALES_AT, ROPE_AT, ROW_WORDS = gl.constexpr(0), gl.constexpr(128), gl.constexpr(132), gl.constexpr(164)
-
-
-@gluon.jit
-def _add(a, b):
-    return a + b
-
-
-@gluon.jit
-def _tiles_of(cu_q, context_lens, s, H, block, BM: gl.constexpr):
-    """Of sequence s: its tiles for this block of rows, and its length."""
-    queries = gl.load(cu_q + s + 1) - gl.load(cu_q + s)
-    length = gl.load(context_lens + s)
-    return gl.where(queries * H > block * BM, (length + BN - 1) // BN, 0), length
 
 
 @gluon.jit
@@ -73,7 +60,7 @@ def _find(n, last, place, lists, block, BM: gl.constexpr):
     while (n < last) & (n >= begin + tiles):
         s += 1
         begin += tiles
-        tiles, length = _tiles_of(cu_q, context_lens, s, H, block, BM)
+        _, _, length, tiles = tiles_of(cu_q, context_lens, s, H, block, BM)
     t = (n - begin) * BN
     page = gl.load(table + s * pages + t // page_size, mask=n < last, other=0)
     return page * page_size + t % page_size, gl.where(n < last, length - t, 0), (s, begin, tiles, length)
@@ -120,7 +107,7 @@ def _unpack(
     UNITS: gl.constexpr = BN // RR
     s, begin, tile, last, block = plan
     latents, ropes, scales = sources
-    tiles, length = _tiles_of(lists[0], lists[1], s, lists[2], block, BM)
+    _, _, length, tiles = tiles_of(lists[0], lists[1], s, lists[2], block, BM)
     row, inside, place = _find(tile, last, (s, begin, tiles, length), lists, block, BM)
     row1, inside1, place = _find(tile + 1, last, place, lists, block, BM)
     for u in gl.static_range(RING):
@@ -185,7 +172,7 @@ def _multiply(
     token = gl.arange(0, BN, gl.SliceLayout(1, mma))
     turn = 0
     while tile < last:
-        tiles, length = _tiles_of(cu_q, context_lens, s, H, block, BM)
+        _, _, length, tiles = tiles_of(cu_q, context_lens, s, H, block, BM)
         q0 = gl.load(cu_q + s)
         queries = gl.load(cu_q + s + 1) - q0
         stop = gl.minimum(begin + tiles, last)
@@ -277,17 +264,7 @@ def _attend(
     thread_barrier()
 
     block, p = gl.program_id(0) % BLOCKS, gl.program_id(0) // BLOCKS
-    at = gl.arange(0, S_PAD, gl.BlockedLayout([1], [32], [4], [0]))
-    queries = gl.load(cu_q + at + 1, mask=at < S, other=0) - gl.load(cu_q + at, mask=at < S, other=0)
-    lens = gl.load(context_lens + at, mask=at < S, other=0)
-    tiles = gl.where(queries * H > block * BM, (lens + BN - 1) // BN, 0)
-    ends = gl.associative_scan(tiles, 0, _add)
-    count = gl.max(ends, 0)
-    chunk = gl.maximum((count + P - 1) // P, 1)
-    tile = p * chunk
-    last = gl.minimum(tile + chunk, count)
-    s = gl.sum((ends <= tile).to(gl.int32), 0)
-    begin = gl.max(gl.where(ends <= tile, ends, 0), 0)
+    s, begin, tile, last = range_of(p, P, cu_q, context_lens, S, H, block, S_PAD, BM)
     if tile < last:
         plan = (s, begin, tile, last, block)
         lists = (cu_q, context_lens, H)

@@ -101,16 +101,16 @@ def _latent_decode(
         most = q_latent.shape[0] if max_q is None else max_q
         few = most * q_latent.shape[1] <= FEW_ROWS or block_table.numel() * page_size <= FEW_CACHED
         out, lse = _kernel(path, packed, few)(q_latent, q_rope, *where, most, scale)
-        return out, lse if with_lse else lse.new_empty(0)
-    if path == "reference":
+    elif path == "reference":
         out, lse = _reference(q_latent, q_rope, *where, scale)
-        return out, lse if with_lse else lse.new_empty(0)
-    if path == "flash" and _one_page(rows, context_lens, page_size):
+    elif path == "flash" and _one_page(rows, context_lens, page_size):
         lists = cu_q.tolist(), block_table.tolist(), context_lens.tolist()
-        return _flash_path(q_latent, q_rope, rows, *lists, page_size, scale, with_lse)
-    raise ValueError(
-        f"path: expected 'reference', 'triton', 'hopper', or 'flash' for contexts of one page, got {path!r}"
-    )
+        out, lse = _flash_path(q_latent, q_rope, rows, *lists, page_size, scale, with_lse)
+    else:
+        raise ValueError(
+            f"path: expected 'reference', 'triton', 'hopper', or 'flash' for contexts of one page, got {path!r}"
+        )
+    return out, lse if with_lse else lse.new_empty(0)
 
 
 def _one_page(rows: Tensor, context_lens: Tensor, page_size: int) -> bool:
