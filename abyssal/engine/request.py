@@ -10,7 +10,7 @@ from abyssal.data.tokenizer import Detokenizer, Tokenizer
 from abyssal.engine.sampling import Sampling, distribution, top_logprobs
 from abyssal.engine.text import StopWatcher
 
-Finish = Literal["stop", "length", "error"]
+Finish = Literal["stop", "length", "error", "abort", "deadline"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TokenLogprob:
 
 @dataclass(frozen=True)
 class Output:
-    """A finished request."""
+    """A finished sample of a request."""
 
     prompt_tokens: list[int]
     tokens: list[int]  # what was generated; an end-of-text token is not among them
@@ -32,15 +32,42 @@ class Output:
     finish: Finish
     logprobs: list[TokenLogprob] | None = None
     error: str | None = None  # why, where finish is "error"
+    sample: int = 0  # which of the request's n
+    cached_tokens: int = 0  # of the prompt, read from the prefix cache
+    stop: str | None = None  # the stop string that ended it
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # of each prompt token; None for the first
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a request that asked for it (`inspect`) is shown of the engine while it runs."""
+
+    latent_bytes: int  # of the cache, that hold this sequence
+    mha_bytes: int  # what multi-head attention of the same shape would hold for it
+    pages: int
+    shared_pages: int  # of these, that others hold too
+    cached_tokens: int  # of the prompt, that were found in the prefix cache
+    tokens_per_second: float  # of this sequence, so far
+    drafted: int
+    accepted: int
+    expert_load: list[list[int]]  # tokens that each layer (with experts) sent to each expert, for this sequence
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Text that has become certain of the request `index`; `output` comes with the last."""
+    """What has become certain of sample `sample` of the request `index`; `output` comes with the last.
+
+    `spans` cut `text` by where it came from: True where an MTP module drafted the token and the model accepted it.
+    """
 
     index: int
     text: str
     output: Output | None = None
+    sample: int = 0
+    tokens: tuple[int, ...] = ()
+    spans: tuple[tuple[str, bool], ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()  # of `tokens`, where asked for
+    inside: Inside | None = None
 
 
 @dataclass

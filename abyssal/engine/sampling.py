@@ -6,12 +6,21 @@ whatever else is being decoded.
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 _GREEDY = 1e-5  # a temperature below which float32 overflows before it sharpens
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a text must match: `text` is a JSON schema, a regular expression or a Lark grammar; of kind "json", any
+    JSON object, it is empty."""
+
+    kind: Literal["json", "json_schema", "regex", "lark"]
+    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,10 @@ class Sampling:
     logprobs: int | None = None  # log-probabilities of the token and of this many likeliest; None: of none
     ignore_eos: bool = False
     speculate: bool | None = None  # None: where the checkpoint has the MTP layer
+    n: int = 1  # samples of one prompt, which share its pages
+    logit_bias: tuple[tuple[int, float], ...] = ()  # added to the logits of these ids; a dict will do
+    grammar: Grammar | None = None  # what the text must match
+    prompt_logprobs: int | None = None  # as `logprobs`, of the prompt, which is then computed whole
 
     def __post_init__(self) -> None:
         most = sys.float_info.max
@@ -47,8 +60,13 @@ class Sampling:
         self._number("frequency_penalty", -2.0, 2.0, "from -2 to 2")
         if self.seed is not None:
             self._integer("seed", -(2**63), 2**64 - 1, "of 64 bits, or None")
-        if self.logprobs is not None:
-            self._integer("logprobs", 0, sys.maxsize, "0 or more, or None")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                self._integer(name, 0, sys.maxsize, "0 or more, or None")
+        self._integer("n", 1, sys.maxsize, "1 or more")
+        self._biases()
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise self._refused(TypeError, "grammar", "a Grammar or None")
         if not isinstance(self.ignore_eos, bool):
             raise self._refused(TypeError, "ignore_eos", "True or False")
         if not isinstance(self.speculate, bool | None):
@@ -69,6 +87,17 @@ class Sampling:
     def penalised(self) -> bool:
         """Whether `distribution` needs to know which tokens came before."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def _biases(self) -> None:
+        given: Any = self.logit_bias
+        pairs = tuple(given.items() if isinstance(given, dict) else given)
+        for pair in pairs:
+            id, value = pair if isinstance(pair, tuple | list) and len(pair) == 2 else (None, None)
+            if isinstance(id, bool) or not isinstance(id, int) or id < 0:
+                raise self._refused(TypeError, "logit_bias", "pairs of a token id and a number")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+                raise self._refused(ValueError, "logit_bias", "numbers from -100 to 100")
+        object.__setattr__(self, "logit_bias", tuple((id, float(value)) for id, value in pairs))
 
     def _integer(self, name: str, low: int, high: int, expected: str) -> None:
         value = getattr(self, name)

@@ -27,6 +27,11 @@ class Packing:
     page_size: int = 0  # rows a page
     fresh: bool = True  # no sequence has anything in the cache before this batch
 
+    # Where the host knows the context's lengths, so that nobody need ask the device for them (see `gathered`):
+    context_rows: Tensor | None = None  # [L] int64: the cache's rows of every context, sequence after sequence
+    cu_context: Tensor | None = None  # [S+1] int32: sequence s's context is context_rows[cu_context[s]:cu_context[s+1]]
+    max_context: int = 0  # no context is longer
+
     @staticmethod
     def of(lengths: "Sequence[int] | Tensor | Packing", tokens: Tensor) -> "Packing":
         """The packing of whole sequences, without a cache. Raises ValueError unless `lengths` sum to T."""
