@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from abyssal.engine import LLM, Piece, Totals
 
 app = typer.Typer(
-    help="DeepSeek-V3, whole: inspect, train, generate, chat.",
+    help="DeepSeek-V3, whole: inspect, train, generate, chat, serve.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -161,6 +161,64 @@ def chat(
         Console(stderr=True).print(f"[dim]{said}[/dim]")
 
 
+@app.command()
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Where to listen; beyond this machine only with an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.", min=0, max=65535)] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model. [default: its folder's name]")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="API keys, one a line. [default: the one in ABYSSAL_API_KEY, or none]")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen anywhere without an API key.")] = False,
+    drain: Annotated[float, typer.Option(help="Seconds that running requests have after SIGTERM.", min=0)] = 30.0,
+    limit: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of a limit in docs/serving.md; may be given several times.")
+    ] = None,
+    cache_dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or fp8. [default: as the weights]")] = None,
+    cache_bytes: Annotated[int | None, typer.Option(help="Of the latent cache. [default: of what is free]")] = None,
+    max_running: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 64,
+    max_context: Annotated[int | None, typer.Option(help="Tokens of a sequence. [default: the model's]")] = None,
+    step_tokens: Annotated[int, typer.Option(help="Tokens of a step, prompts and decoding together.")] = 2048,
+    prefix_cache: Annotated[bool, typer.Option(help="Keep the latents of prompts for others that begin alike.")] = True,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="The same text whatever else runs, on a GPU too.")
+    ] = False,
+    speculation: Speculation = True,
+    drafts: Drafts = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    compiled: Compile = False,
+) -> None:
+    """Answer OpenAI's API and show a page, until SIGTERM. Exits with 1 if the engine ends by itself."""
+    try:
+        from abyssal.serve.run import Address, serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; pip install 'abyssal[serve]'") from error
+    from abyssal.engine.client import EngineSettings
+    from abyssal.serve.auth import Keys
+    from abyssal.serve.limits import Limits
+
+    settings = EngineSettings(
+        model=_model_folder(model),
+        device=device,
+        dtype=_one_of("dtype", dtype, "float32", "bfloat16", "float64"),
+        cache_dtype=_one_of("cache-dtype", cache_dtype, "float32", "bfloat16", "fp8"),
+        cache_bytes=cache_bytes,
+        max_running=max_running,
+        max_context=max_context,
+        step_tokens=step_tokens,
+        drafts=drafts if speculation else 0,
+        prefix_cache=prefix_cache,
+        deterministic=deterministic,
+        compiled=compiled,
+    )
+    limits = Limits().changed(limit or ())
+    code = serve(settings, name, Address(host, port, Keys.find(api_key_file), insecure), limits, drain)
+    if code:
+        raise typer.Exit(code)
+
+
 @bench.command("ops")
 def bench_operations(
     only: Annotated[str | None, typer.Option(help="Some of the operations, with commas: decode,loss ...")] = None,
@@ -203,6 +261,12 @@ def _show(pieces: Any) -> str:
         pass
     print()
     return text
+
+
+def _one_of(name: str, value: str | None, *allowed: str) -> Any:
+    if value is not None and value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    return value
 
 
 def _model_folder(model: str) -> str:

@@ -8,6 +8,7 @@ import datetime
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -215,10 +216,21 @@ class Tokenizer:
         for name, data in self.files.items():
             write_file(folder / name, data)
 
-    def chat(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: list[dict[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+        max_chars: int | None = None,
+        seconds: float | None = None,
+    ) -> str:
         """The text of a conversation, rendered by the chat template in a sandbox as Hugging Face renders it.
 
-        Encode it with `special=True`. Raises ValueError if there is no template or it refuses the messages.
+        `tools` in OpenAI's form; `variables` are what else the template may ask for, such as `thinking`. Encode the
+        text with `special=True`. Raises ValueError if there is no template, it refuses the messages, or it writes more
+        than `max_chars` or for longer than `seconds` (looked at whenever it writes).
         """
         if self.chat_template is None:
             raise ValueError("tokenizer_config.json: has no chat_template, so it cannot render a conversation")
@@ -228,16 +240,25 @@ class Tokenizer:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
+        given = dict(variables or {}) | {
+            "messages": copy.deepcopy(messages),
+            "tools": copy.deepcopy(tools),
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        written: list[str] = []
+        chars, started = 0, time.monotonic()
         try:
-            return environment.from_string(self.chat_template).render(
-                self._named,
-                messages=copy.deepcopy(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+            for piece in environment.from_string(self.chat_template).generate(self._named | given):
+                written.append(piece)
+                chars += len(piece)
+                if max_chars is not None and chars > max_chars:
+                    raise ValueError(f"chat template: wrote more than {max_chars} characters")
+                if seconds is not None and time.monotonic() - started > seconds:
+                    raise ValueError(f"chat template: took longer than {seconds:g} s")
+        except (TemplateError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"chat template: {error}") from error
+        return "".join(written)
 
     @cached_property
     def _ordinary(self) -> tokenizers.Tokenizer:
