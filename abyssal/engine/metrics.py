@@ -52,6 +52,8 @@ class Metrics:
     evicted_pages: int = 0
     copied_pages: int = 0
     step_seconds: float = 0.0
+    decode_seconds: float = 0.0  # of steps without prompts
+    decoded_tokens: int = 0  # generated in those
     idle_seconds: float = 0.0  # between steps while there was work
     drafted: list[int] = field(default_factory=list)  # by position in the draft
     accepted: list[int] = field(default_factory=list)

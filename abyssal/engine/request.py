@@ -1,16 +1,26 @@
-"""A request on its way: its tokens, its text so far, and what its caller sees of it."""
+"""A request, and what its caller sees of it."""
 
+import time
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
-from torch import Tensor
-
-from abyssal.data.tokenizer import Detokenizer, Tokenizer
-from abyssal.engine.sampling import Sampling, distribution, top_logprobs
-from abyssal.engine.text import StopWatcher
+from abyssal.engine.sampling import Sampling
 
 Finish = Literal["stop", "length", "error", "abort", "deadline"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one caller wants. `id` is the caller's; `deadline` and `arrived` are of `time.monotonic`."""
+
+    id: int
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    priority: int = 0  # lower runs earlier
+    deadline: float | None = None
+    salt: str = ""  # prompts of different salts never share pages
+    inspect: bool = False
+    arrived: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,10 @@ class Totals:
 
     tokens: int = 0  # generated
     prompt_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
+    cached_tokens: int = 0  # of these, found in the prefix cache
+    prefill_seconds: float = 0.0  # of steps with prompts in them
+    decode_seconds: float = 0.0  # of the others
+    decoded_tokens: int = 0  # generated in those
     steps: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -88,88 +100,10 @@ class Totals:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of decoding: the first token of a request comes of its prompt."""
-        return self.tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """Of decoding, all sequences together."""
+        return self.decoded_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def acceptance(self) -> float | None:
         """The share of drafted tokens that were accepted; None if none were drafted."""
         return self.accepted / self.drafted if self.drafted else None
-
-
-class Request:
-    """`tokens` are the prompt's and then the output's; the last is not in the cache yet."""
-
-    def __init__(
-        self, index: int, prompt: list[int], sampling: Sampling, tokenizer: Tokenizer | None, eos: frozenset[int]
-    ) -> None:
-        self.index, self.sampling = index, sampling
-        self.prompt, self.tokens = prompt, list(prompt)
-        self.drafts: list[int] = []
-        self.draft_probs: list[Tensor] = []
-        self.logprobs: list[TokenLogprob] = []
-        self.text = ""
-        self.finish: Finish | None = None
-        self.error: str | None = None
-        self.allowed = tokenizer.vocab_size if tokenizer else None
-        self.eos = frozenset() if sampling.ignore_eos else eos
-        self.generator = torch.Generator()
-        if sampling.seed is None:
-            self.generator.seed()
-        else:
-            self.generator.manual_seed(sampling.seed)
-        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
-        self._watcher = StopWatcher(sampling.stop)
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.prompt)
-
-    def probabilities(self, logits: Tensor, drafts: list[int]) -> Tensor:
-        """`[n, vocab]` logits after the tokens so far and then each of `drafts` -> what may follow, by the settings."""
-        counts = seen = None
-        if self.sampling.penalised:
-            vocab = logits.shape[-1]
-            output = torch.tensor(self.tokens[len(self.prompt) :], dtype=torch.int64)
-            counts = torch.bincount(output, minlength=vocab).repeat(logits.shape[0], 1)
-            for row, draft in enumerate(drafts[: logits.shape[0] - 1], start=1):
-                counts[row:, draft] += 1
-            seen = torch.zeros(vocab, dtype=torch.bool)
-            seen[torch.tensor(self.prompt, dtype=torch.int64)] = True
-        return distribution(logits, self.sampling, counts, seen, self.allowed)
-
-    def push(self, token: int, logits: Tensor) -> str:
-        """Takes one generated token, whose logits `[vocab]` were these; returns the text that is now certain."""
-        if token in self.eos:
-            self.finish = "stop"
-            return self._rest()
-        self.tokens.append(token)
-        if self.sampling.logprobs is not None:
-            own, top = top_logprobs(logits[: self.allowed], token, self.sampling.logprobs)
-            self.logprobs.append(TokenLogprob(token, own, top))
-        text, stopped = self._watcher.push(self._detokenizer.push(token)) if self._detokenizer else ("", False)
-        self.text += text
-        if stopped:
-            self.finish = "stop"
-        elif self.generated >= self.sampling.max_tokens:
-            self.finish = "length"
-            text += self._rest()
-        return text
-
-    def _rest(self) -> str:
-        if self._detokenizer is None:
-            return ""
-        text, _ = self._watcher.push(self._detokenizer.flush())
-        text += self._watcher.flush()
-        self.text += text
-        return text
-
-    def fail(self, error: str) -> None:
-        """Ends this request alone."""
-        self.finish, self.error = "error", error
-
-    def output(self) -> Output:
-        assert self.finish is not None
-        logprobs = self.logprobs if self.sampling.logprobs is not None else None
-        generated = self.tokens[len(self.prompt) :]
-        return Output(self.prompt, generated, self.text, self.finish, logprobs, self.error)

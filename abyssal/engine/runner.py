@@ -1,139 +1,235 @@
-"""The model over its latent cache: prompts in, then a few tokens at a time for every sequence at once.
+"""The model over the page pool: prompts in chunks, and decoding steps whose outcome the host asks for later.
 
-The decoding step can be compiled (`compiled.py`), then for every page at once; everything else runs eagerly.
+Nothing here waits for the device but `Pending.read`. Where it runs decides how a step is run: captured as a CUDA graph,
+compiled for a CPU (`compiled.py`), or operation by operation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence as Several
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from abyssal.engine.compiled import Compiled
+from abyssal.engine.decode import Decoded, Decoder, Kind
+from abyssal.engine.graphs import Graphs, ladder
+from abyssal.engine.prefill import Chunk, Prefill, PromptLogprobs
+from abyssal.engine.slots import Slots, upload
 from abyssal.model.cache import Cache
+from abyssal.model.experts import MoE
 from abyssal.model.packing import Packing
 from abyssal.model.positions import rotary
 from abyssal.model.transformer import Transformer
+from abyssal.ops.latent_rows import row_bytes
 
-PREFILL_CHUNK = 2048  # tokens of a prompt taken at once: bounds what a long prompt needs beside its latents
+PAGE = 64  # tokens
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one sequence got of a step, on the host."""
+
+    accepted: int
+    token: int  # -1: its logits were not finite
+    verified: list[int]  # the drafts that were looked at
+    drafts: list[int]  # for the next step
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None  # of accepted drafts and the token, with the likeliest
+
+
+class Pending:
+    """A step that has been enqueued."""
+
+    def __init__(self, decoded: Decoded, count: int, kind: Kind, cuda: bool) -> None:
+        self.kind = kind
+        self._event = torch.cuda.Event() if cuda else None
+        self._tensors = [None if t is None else self._fetch(t[:count], cuda) for t in decoded]
+        if self._event is not None:
+            self._event.record()
+
+    @staticmethod
+    def _fetch(t: Tensor, cuda: bool) -> Tensor:
+        if not cuda:
+            return t
+        host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
+        return host.copy_(t, non_blocking=True)
+
+    def ready(self) -> bool:
+        return self._event is None or self._event.query()
+
+    def read(self) -> list[Result]:
+        """Waits for the step, and for nothing that was enqueued after it."""
+        if self._event is not None:
+            self._event.synchronize()
+        told, logprob, ids, top = self._tensors
+        assert told is not None
+        results = []
+        verified = self.kind.width - 1
+        for s, (accepted, token, *drafts) in enumerate(told.tolist()):
+            said = None
+            if logprob is not None and ids is not None and top is not None:
+                said = [
+                    (float(logprob[s, i]), list(zip(ids[s, i].tolist(), top[s, i].tolist())))
+                    for i in range(accepted + 1)
+                ]
+            results.append(Result(accepted, token, drafts[:verified], drafts[verified:], said))
+        return results
 
 
 class Runner:
-    """`pages` sequences of up to `page_size` tokens, known by their page; at most `width` tokens of each a step."""
+    """A model, its page pool, and the slots of up to `running` sequences of up to `context` tokens."""
 
     def __init__(
         self,
         model: Transformer,
+        *,
         pages: int,
-        page_size: int,
-        width: int = 1,
+        running: int,
+        context: int,
+        drafts: int,
+        cache_dtype: torch.dtype | None = None,
+        allowed: int | None = None,
+        workspace: int = 1 << 16,
+        deterministic: bool = False,
         compiled: bool = False,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.model = model
-        weight = model.embed.weight
-        self.device = weight.device
-        self.cache = Cache.allocate(model.leaves(), pages, page_size, weight.dtype, weight.device)
-        self.pages, self.width, self.compiled = pages, width, compiled
-        self._step = Compiled(self._main, say) if compiled else self._main
-        self._draft_step = Compiled(self._first, say) if compiled else self._first
+        config, weight = model.config, model.embed.weight
+        self.model, self.device, self.running, self.drafts = model, weight.device, running, drafts
+        self.modules = min(len(model.mtp), drafts)
+        self.cache = Cache.allocate(
+            leaves(model, self.modules, cache_dtype), pages, PAGE, cache_dtype or weight.dtype, weight.device
+        )
+        self.layers = [i for i, block in enumerate(model.layers) if isinstance(block.ffn, MoE)]
+        # A step may write rows past a sequence's last token: those of drafts, and of one step more that is on its way.
+        columns = -(-(context + 2 * (1 + drafts)) // PAGE)
+        load = (len(self.layers), config.n_routed_experts or 0)
+        self.slots = Slots(
+            running, columns, drafts, self.modules, config.hidden_size, config.vocab_size, load, weight.dtype,
+            weight.device,
+        )  # fmt: skip
+        self.compiled, self._say = compiled, say
+        self._steps: dict[tuple[int, int], Compiled] = {}
+        self.decoder = Decoder(
+            self.slots, self._main, self._module, model.logits, self.modules, PAGE, allowed, alone=deterministic
+        )
+        self.prefill = Prefill(
+            self.slots, self._hidden, self._module, model.logits, self.modules, PAGE, workspace, allowed,
+            running * (1 + drafts) if deterministic else 0,
+        )  # fmt: skip
+        # What reads lengths on the host cannot be captured: the ladder's rungs, and coupled RoPE.
+        captures = self.device.type == "cuda" and config.attention == "mla" and config.position != "rope"
+        self.words = -(-config.vocab_size // 32)
+        self.graphs = Graphs(self.decoder, running, self.words) if captures else None
+        self.fixed = deterministic or compiled  # every step has as many sequences as there are slots
 
-    def _main(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        states = self.model.hidden(tokens, packing, self.cache).states
-        return states, self.model.logits(states)
+    # ---- what the model is asked for ----------------------------------------------------------------------
 
-    def _first(self, states: Tensor, ahead: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
-        states = self._module(1, states, ahead, packing)
-        return states, self.model.logits(states)
+    def _run(self, tokens: Tensor, packing: Packing, path: str | None = None) -> tuple[Tensor, Tensor]:
+        states, routings = self.model.hidden(tokens, packing, self.cache, path)
+        picks = torch.stack([r.indices for r in routings]) if routings else tokens.new_zeros(0, tokens.shape[0], 1)
+        return states, picks
+
+    def _hidden(self, tokens: Tensor, packing: Packing, path: str | None) -> tuple[Tensor, Tensor]:
+        return self._run(tokens, packing, path)
+
+    def _whole(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+        states, picks = self._run(tokens, packing)
+        return states, self.model.logits(states), picks
+
+    def _main(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.compiled:
+            return self._whole(tokens, packing)
+        shape = (packing.sequences, packing.max_len)
+        if shape not in self._steps:
+            self._steps[shape] = Compiled(self._whole, self._say)
+        return self._steps[shape](tokens, packing)
 
     def _module(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
-        config = self.model.config
-        layer = self.cache.layers[config.num_hidden_layers + depth - 1]
-        embedded, angles = self.model.enter(ahead, packing), rotary(config, packing.positions)
+        layer = self.cache.layers[self.model.config.num_hidden_layers + depth - 1]
+        embedded, angles = self.model.enter(ahead, packing), rotary(self.model.config, packing.positions)
         return self.model.mtp[depth - 1](states, embedded, angles, packing, layer)[0]
 
-    def _packing(self, lengths: Sequence[int], before: Sequence[int], pages: Sequence[int]) -> Packing:
-        return self.cache.contiguous_packing(lengths, before, pages, self.device)
+    # ---- what the engine asks for -------------------------------------------------------------------------
 
-    def clear(self, page: int) -> None:
-        """Zeroes a page whose sequence failed: what is not a number there would reach the next sequence, since
-        attention multiplies rows past a sequence's end by 0."""
-        rows = slice(page * self.cache.page_size, (page + 1) * self.cache.page_size)
+    @torch.inference_mode()
+    def chunks(self, chunks: Several[Chunk]) -> dict[int, PromptLogprobs]:
+        return self.prefill.chunks(chunks)
+
+    @torch.inference_mode()
+    def step(self, slots: Several[int], kind: Kind, masks: np.ndarray | None = None) -> Pending:
+        """One decoding step of these slots; `kind.sequences` is filled in here. `masks [S, width, words]` int32."""
+        size = len(slots)
+        if self.graphs is not None:
+            size = self.graphs.rung(size)
+        if self.fixed:
+            size = self.running
+        kind = kind._replace(sequences=size)
+        order = upload([*slots, *[self.running] * (size - len(slots))], torch.int64, self.device)
+        bits = None
+        if masks is not None:
+            whole = np.full((size, *masks.shape[1:]), -1, dtype=np.int32)
+            whole[: len(slots)] = masks
+            bits = upload(whole, torch.int32, self.device)
+        run = self.graphs or self.decoder.step
+        return Pending(run(order, kind, bits), len(slots), kind, self.device.type == "cuda")
+
+    @torch.inference_mode()
+    def copy_pages(self, pairs: Several[tuple[int, int]]) -> None:
+        """All rows of each first page into its second."""
+        if not pairs:
+            return
+        at = upload(pairs, torch.int64, self.device)
+        row = torch.arange(PAGE, device=self.device)
+        source, target = ((at[:, i : i + 1] * PAGE + row).flatten() for i in (0, 1))
         for layer in self.cache.layers:
-            for left in layer.values():
-                left[rows] = 0
-
-    def warm(self) -> None:
-        """A prompt and a step of one and of `width` tokens, thrown away: on a GPU a kernel is compiled when it is
-        first met, and that should not be within a request."""
-        for width in {1, self.width}:
-            self.prefill(0, [0, 0])
-            self.decode([0], [[0] * width], [2])
-        self.clear(0)
+            for rows in layer.values():
+                rows.index_copy_(0, target, rows.index_select(0, source))
 
     @torch.inference_mode()
-    def prefill(self, page: int, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A prompt into an empty page: (states `[T, D]`, logits `[vocab]` after its last token)."""
-        states = []
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = torch.tensor(tokens[start : start + PREFILL_CHUNK], device=self.device)
-            packing = self._packing([len(chunk)], [start], [page])
-            hidden = self.model.hidden(chunk, packing, self.cache).states
-            states.append(hidden if self.model.mtp else hidden[-1:])
-        return torch.cat(states), self.model.logits(states[-1][-1:])[0]
+    def clear(self, pages: Several[int]) -> None:
+        """Zeroes pages whose sequence failed: what is not a number there would reach the next sequence, since
+        attention multiplies rows past a sequence's end by 0."""
+        at = upload([page * PAGE + i for page in pages for i in range(PAGE)], torch.int64, self.device)
+        for layer in self.cache.layers:
+            for rows in layer.values():
+                rows.index_fill_(0, at, 0)
 
-    @torch.inference_mode()
-    def decode(
-        self, pages: Sequence[int], tokens: Sequence[Sequence[int]], before: Sequence[int]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The next few tokens of each page's sequence, after the `before` that stand in it.
+    def loads(self, slot: int) -> list[list[int]]:
+        """Tokens that each layer with experts sent to each, of the sequence in a slot. Waits for the device."""
+        return self.slots.load[slot].tolist()
 
-        Returns for each sequence its states `[t, D]` and logits `[t, vocab]`, a row a token.
-        """
-        lengths = [len(t) for t in tokens]
-        if self.compiled:
-            flat, packing, places = self._every_page(pages, tokens, before)
-            states, logits = self._step(flat, packing)
-            return [states[at] for at in places], [logits[at] for at in places]
-        states, logits = self._step(self._ids(tokens), self._packing(lengths, before, pages))
-        return list(states.split(lengths)), list(logits.split(lengths))
+    def warm(self, kinds: Several[Kind], prompt: int) -> None:
+        """A prompt of `prompt` tokens in the scratch page's place and every kind of step: what is compiled when it is
+        first met should not be met within a request."""
+        with torch.inference_mode():
+            length = min(prompt, PAGE)
+            self.prefill.chunks([Chunk(self.running, [0] * (length + self.modules + 1), [0], 0, length, 0)])
+            self.prefill.chunks([Chunk(self.running, [0] * (length + self.modules + 1), [0], length - 1, length, 0)])
+            if self.graphs is not None:
+                self.graphs.warm(kinds)
+        self.slots.load.zero_()
+        self.clear([0])
 
-    @torch.inference_mode()
-    def predict(
-        self,
-        depth: int,
-        pages: Sequence[int],
-        states: Sequence[Tensor],
-        ahead: Sequence[Sequence[int]],
-        before: Sequence[int],
-        last: Sequence[int],
-    ) -> tuple[list[Tensor], Tensor]:
-        """MTP module `depth`, from 1, over rows of each sequence: the states of the depth before, the token ahead
-        of each row, the rows that stand in its cache already. Returns its states, and the logits `[S, vocab]` of
-        row `last` of each sequence."""
-        lengths = [len(t) for t in ahead]
-        if self.compiled and depth == 1 and min(before) > 0:  # a decoding step, not a prompt
-            flat, packing, places = self._every_page(pages, ahead, before)
-            joined = states[0].new_zeros(flat.shape[0], states[0].shape[1])
-            for at, rows in zip(places, states):
-                joined[at] = rows
-            out, logits = self._draft_step(joined, flat, packing)
-            return [out[at] for at in places], torch.stack([logits[at][l] for at, l in zip(places, last)])
-        packing = self._packing(lengths, before, pages)
-        out = self._module(depth, torch.cat(list(states)), self._ids(ahead), packing)
-        parts = out.split(lengths)
-        return list(parts), self.model.logits(torch.stack([part[l] for part, l in zip(parts, last)]))
+    def kinds(self, width: int, drafts: int) -> list[Kind]:
+        """The greedy and the sampled step of every number of sequences."""
+        rungs = ladder(self.running) if not self.fixed else [self.running]
+        return [Kind(rung, width, drafts, greedy) for rung in rungs for greedy in (True, False)]
 
-    def _ids(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor([id for row in tokens for id in row], device=self.device)
 
-    def _every_page(
-        self, pages: Sequence[int], tokens: Sequence[Sequence[int]], before: Sequence[int]
-    ) -> tuple[Tensor, Packing, list[slice]]:
-        """Equally many rows for every page, used or not, and where each sequence's are: a compiled step has one
-        shape. What an idle page computes is written over when a sequence comes to it."""
-        width = 1 if max(len(t) for t in tokens) == 1 else self.width
-        rows, at = [[0] * width for _ in range(self.pages)], [0] * self.pages
-        for page, own, old in zip(pages, tokens, before):
-            rows[page], at[page] = [*own, *[0] * (width - len(own))], old
-        places = [slice(page * width, page * width + len(own)) for page, own in zip(pages, tokens)]
-        return self._ids(rows), self._packing([width] * self.pages, at, range(self.pages)), places
+def leaves(
+    model: Transformer, modules: int, cache_dtype: torch.dtype | None
+) -> list[dict[str, tuple[int, torch.dtype | None]]]:
+    """What a token leaves behind in every layer that the engine runs; latents packed to bytes where uint8 is asked.
+
+    Raises ValueError where this attention's rows can't be packed.
+    """
+    config = model.config
+    kept = model.leaves()[: config.num_hidden_layers + modules]
+    if cache_dtype != torch.uint8:
+        return kept
+    if config.attention != "mla":
+        raise ValueError(f"cache_dtype: FP8 rows are of latents, and attention is {config.attention!r}")
+    packed = row_bytes(config.kv_lora_rank, config.qk_rope_head_dim)
+    return [{"latent": (packed, torch.uint8)} for _ in kept]

@@ -14,6 +14,7 @@ class StopWatcher:
             raise ValueError("stops: expected strings that are not empty")
         self.stops = stops
         self.reached = False
+        self.found: str | None = None  # the stop string that was reached
         self._held = ""
 
     def push(self, text: str) -> tuple[str, bool]:
@@ -24,6 +25,8 @@ class StopWatcher:
         found, open_ = self._found(), self._open()
         # A longer stop string may have begun before the one found ("<end>" before "end"): then it is not settled.
         self.reached = found <= open_ and found < len(self._held)
+        if self.reached:
+            self.found = self._name(found)
         shown = self._held[: min(found, open_)]
         self._held = "" if self.reached else self._held[len(shown) :]
         return shown, self.reached
@@ -31,9 +34,14 @@ class StopWatcher:
     def flush(self) -> str:
         """What is still held back when no more text comes. Sets `reached` if a stop string stands in it."""
         found = self._found()
-        self.reached |= found < len(self._held)
+        if not self.reached and found < len(self._held):
+            self.reached, self.found = True, self._name(found)
         shown, self._held = self._held[:found], ""
         return shown
+
+    def _name(self, at: int) -> str:
+        """The stop string that begins there: the first given of several."""
+        return next(stop for stop in self.stops if self._held.startswith(stop, at))
 
     def _found(self) -> int:
         """Where the first stop string in the held text begins; its length if there is none."""

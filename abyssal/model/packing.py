@@ -32,6 +32,8 @@ class Packing:
     cu_context: Tensor | None = None  # [S+1] int32: sequence s's context is context_rows[cu_context[s]:cu_context[s+1]]
     max_context: int = 0  # no context is longer
 
+    alone: bool = False  # no sequence's result may depend, not in a bit, on what else is in the batch
+
     @staticmethod
     def of(lengths: "Sequence[int] | Tensor | Packing", tokens: Tensor) -> "Packing":
         """The packing of whole sequences, without a cache. Raises ValueError unless `lengths` sum to T."""

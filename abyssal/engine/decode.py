@@ -1,0 +1,177 @@
+"""One decoding step of a batch, the same operations whatever the sequences hold: it can be captured in a CUDA graph.
+
+With n tokens of a sequence known, the main model is given token n - 1 and what was drafted to follow it. Of the drafts
+it accepts the first a, and adds one token of its own. Then the MTP modules draft anew (DeepSeek-V3, section 2.2.3).
+Module d's row p joins the state of depth d - 1 with token p + d, so with n' = n + a + 1 tokens known its rows are true
+up to n' - 1 - d, and row n' - 2 joins the first of what lies beyond: the last true token, or the draft before. What was
+made of a draft is made anew once the true token is known, so no module's cache ever keeps a wrong row. Drafts beyond
+the number of modules chain the last one: its own state, one place further on.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from abyssal.engine.slots import Slots
+from abyssal.model.packing import Packing
+from abyssal.ops.sample import Adjust, Settings, draw, likeliest, verify
+
+Main = Callable[[Tensor, Packing], tuple[Tensor, Tensor, Tensor]]
+"""tokens `[T]` -> states `[T, D]`, logits `[T, vocab]`, and the experts picked `[layers, T, K]`."""
+Module = Callable[[int, Tensor, Tensor, Packing], Tensor]
+"""depth from 1, states of the depth before `[T, D]`, ids ahead `[T]` -> its states `[T, D]`."""
+Head = Callable[[Tensor], Tensor]
+
+
+class Kind(NamedTuple):
+    """What a step has to be able to do: one graph a kind."""
+
+    sequences: int
+    width: int  # tokens of each that go through the main model: 1 and its drafts
+    drafts: int  # to make for the next step; 0: the modules only keep their caches up
+    greedy: bool = True  # all of them
+    masked: bool = False
+    biased: bool = False
+    penalised: bool = False
+    logprobs: int | None = None  # of the token and so many likeliest
+
+
+class Decoded(NamedTuple):
+    """What the host is told of a step, a row a sequence."""
+
+    accepted: Tensor  # [S, 1 + 1 + (width - 1) + drafts] int64: how many drafts, the token after them (-1: the logits
+    # were not finite), the drafts that were verified, the new ones
+    logprob: Tensor | None  # [S, width] of each accepted token and the one after
+    top_ids: Tensor | None  # [S, width, logprobs]
+    top_logprobs: Tensor | None
+
+
+class Decoder:
+    """The step over `slots`, which it reads and moves on."""
+
+    def __init__(
+        self, slots: Slots, main: Main, module: Module, head: Head, modules: int, page_size: int, allowed: int | None,
+        alone: bool = False,
+    ) -> None:  # fmt: skip
+        """`allowed`: ids from it on are never taken. `alone`: every token's attention is computed by itself."""
+        self.slots, self.main, self.module, self.head = slots, main, module, head
+        self.modules, self.page_size, self.allowed, self.alone = modules, page_size, allowed, alone
+
+    def step(self, order: Tensor, kind: Kind, masks: Tensor | None = None) -> Decoded:
+        """`order [S]` int64: the slots, filled up with the idle one. `masks [S, width, words]`: see `ops.sample`."""
+        s, W = self.slots, kind.width
+        known, table = s.known[order], s.tables[order]
+        tokens = s.last[order, :W]
+        drafts = tokens[:, 1:]
+        states, logits, picks = self.main(tokens.flatten(), self.packing(table, known - 1, W))
+        logits, states = logits.unflatten(0, (-1, W)), states.unflatten(0, (-1, W))
+        settings = s.settings(order)
+        adjust = s.adjustments(order, masks, kind.biased, kind.penalised)
+        probs = s.draft_probs[order, : W - 1] if s.draft_probs is not None and not kind.greedy and W > 1 else None
+        accepted, token = verify(logits, drafts, probs, known, settings, self.allowed, adjust, greedy=kind.greedy)
+        took = token.clamp(min=0)
+
+        # What follows the n known tokens: accepted drafts, the new token, then what is drafted now.
+        place = torch.arange(W + kind.drafts, device=order.device)
+        padded = torch.cat((drafts, took[:, None].expand(-1, 1 + kind.drafts)), 1)
+        follow = torch.where(place < accepted[:, None], padded, took[:, None])
+        told = [accepted[:, None], token[:, None], drafts]
+        logprob = top_ids = top = None
+        if kind.logprobs is not None:
+            logprob, top_ids, top = likeliest(logits, follow[:, :W], kind.logprobs, self.allowed)
+        live = (place[:W] <= accepted[:, None]) & (order < s.count)[:, None]
+        count_experts(s.load, order.repeat_interleave(W), picks, live.flatten())
+        if kind.penalised and s.counts is not None:
+            s.counts.view(-1).scatter_add_(
+                0, (order[:, None] * s.vocab + follow[:, :W]).flatten(), live.flatten().to(torch.int32)
+            )
+
+        now = torch.where(order == s.count, known, known + accepted + 1)
+        s.known.index_copy_(0, order, now)
+        if self.modules and s.drafts:
+            adjust = s.adjustments(order, None, kind.biased, False)
+            follow = self.draft(order, kind, table, known, accepted, follow, states, settings, adjust)
+        ahead = torch.arange(1 + kind.drafts, device=order.device)
+        last = follow.gather(1, accepted[:, None] + ahead)
+        filled = torch.cat((last, last[:, :1].expand(-1, s.drafts - kind.drafts)), 1)
+        s.last.index_copy_(0, order, filled)
+        if s.draft_probs is not None and not kind.greedy and not kind.drafts:
+            s.draft_probs[order] = torch.nn.functional.one_hot(filled[:, 1:], s.vocab).to(torch.float32)
+        return Decoded(torch.cat([*told, last[:, 1:]], 1), logprob, top_ids, top)
+
+    def draft(
+        self, order: Tensor, kind: Kind, table: Tensor, known: Tensor, accepted: Tensor, follow: Tensor, rows: Tensor,
+        settings: Settings, adjust: Adjust,
+    ) -> Tensor:  # fmt: skip
+        """`rows [S, width, D]`: the main model's states from token n - 1 on. Returns `follow` with the drafts in it;
+        without drafts to make, the modules only write their rows."""
+        s, M = self.slots, self.modules
+        start, at, kept = known - 1, accepted, []
+        drawn = []
+        for depth in range(1, (kind.drafts or M) + 1):
+            if depth <= M:
+                if depth > 1:  # one row back: its token ahead was not known before
+                    rows = torch.cat((s.kept[depth - 2][order][:, None], rows), 1)
+                    start, at = start - 1, at + 1
+                rows = rows[:, : follow.shape[1]]  # without drafts, the last rows will lack their token
+                out = self.rows(depth, rows, follow[:, : rows.shape[1]], table, start)
+                if depth < M:
+                    kept.append(take(out, accepted))
+            else:
+                rows, start = take(out, at)[:, None], known + accepted - 1 + (depth - M)
+                out = self.rows(M, rows, follow.gather(1, accepted[:, None] + depth - 1), table, start)
+                at = torch.zeros_like(accepted)
+            if kind.drafts:
+                logits = self.head(take(out, at))
+                # The new token's position is known + accepted; the draft's lies `depth` after it.
+                token, probs = draw(
+                    logits, known + accepted + depth, settings, self.allowed, adjust, not kind.greedy,
+                    greedy=kind.greedy,
+                )  # fmt: skip
+                follow = follow.scatter(1, accepted[:, None] + depth, token.clamp(min=0)[:, None])
+                drawn.append(probs)
+            rows = out
+        for own, row in zip(s.kept, kept):
+            own.index_copy_(0, order, row)
+        if drawn and s.draft_probs is not None and not kind.greedy:
+            s.draft_probs[order, : kind.drafts] = torch.stack(drawn, 1)  # type: ignore[arg-type]
+        return follow
+
+    def rows(self, depth: int, states: Tensor, ahead: Tensor, table: Tensor, start: Tensor) -> Tensor:
+        """A module over equally many rows of each sequence, `[S, w, D]` and `[S, w]`, from row `start [S]` on."""
+        w = states.shape[1]
+        out = self.module(depth, states.flatten(0, 1), ahead.flatten(), self.packing(table, start, w))
+        return out.unflatten(0, (-1, w))
+
+    def packing(self, table: Tensor, start: Tensor, width: int) -> Packing:
+        """`width` rows of each sequence from row `start [S]` on; `table [S, P]` its pages."""
+        S, size = table.shape[0], self.page_size
+        start = start.clamp(min=0)  # a module's rows before the first, of a text shorter than its depth
+        step = torch.arange(width, device=table.device)
+        positions = start[:, None] + step
+        slots = table.gather(1, positions // size) * size + positions % size
+        lens = (start + width).to(torch.int32)
+        if self.alone:
+            table, lens, S, width = table.repeat_interleave(width, 0), (positions + 1).flatten().int(), S * width, 1
+        cu = torch.arange(0, S * width + 1, width, dtype=torch.int32, device=table.device)
+        return Packing(
+            cu, positions.flatten(), width, slots.flatten(), table, lens, size, fresh=False, alone=self.alone
+        )  # fmt: skip
+
+
+def take(rows: Tensor, at: Tensor) -> Tensor:
+    """`[S, w, D]`, `at [S]` -> `[S, D]`."""
+    return rows.gather(1, at[:, None, None].expand(-1, 1, rows.shape[-1])).squeeze(1)
+
+
+def count_experts(load: Tensor, slots: Tensor, picks: Tensor, live: Tensor) -> None:
+    """Adds to `load [slots, layers, E]` the experts that live tokens were sent to. `slots [T]`, `picks
+    [layers, T, K]`, `live [T]` bool."""
+    layers, T, K = picks.shape
+    if layers:
+        E = load.shape[2]
+        layer = torch.arange(layers, device=picks.device)[:, None, None]
+        at = (slots[None, :, None] * layers + layer) * E + picks
+        load.view(-1).scatter_add_(0, at.flatten(), live[None, :, None].expand(layers, T, K).flatten().to(load.dtype))

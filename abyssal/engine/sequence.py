@@ -1,0 +1,146 @@
+"""One sample of a request on its way: its tokens, its text so far, and what it holds of the cache."""
+
+import random
+import time
+from enum import Enum, auto
+
+from abyssal.data.tokenizer import Detokenizer, Tokenizer
+from abyssal.engine.constraint import Constraint
+from abyssal.engine.pages import Node
+from abyssal.engine.request import Finish, Output, Piece, Request, TokenLogprob
+from abyssal.engine.text import StopWatcher
+
+
+class State(Enum):
+    WAITING = auto()  # holds nothing
+    PREFILL = auto()  # holds a slot and pages; some of its tokens are not in the cache yet
+    DECODING = auto()  # all of its tokens but the last are in the cache
+    DONE = auto()
+
+
+class Sequence:
+    """`tokens` are the prompt's and then the output's; the last is not in the cache yet."""
+
+    def __init__(
+        self,
+        request: Request,
+        sample: int,
+        tokenizer: Tokenizer | None,
+        eos: frozenset[int],
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.request, self.sample, self.constraint = request, sample, constraint
+        self.sampling = request.sampling
+        self.tokens = list(request.prompt)
+        self.state = State.WAITING
+        # What it holds of the cache.
+        self.slot = -1
+        self.pages: list[int] = []
+        self.origin = 0  # tokens that were found in the prefix cache
+        self.rows = 0  # tokens whose rows stand in the cache
+        self.node: Node = 0  # of the last registered page
+        self.registered = 0  # pages
+        self.ahead = 0  # steps enqueued whose outcome is not known yet
+        self.cold = False  # without the MTP modules' rows
+        self.drafts: list[int] = []  # for the next step, where the host knows them
+        # What its caller sees.
+        self.text = ""
+        self.stop: str | None = None
+        self.finish: Finish | None = None
+        self.error: str | None = None
+        self.logprobs: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        self.cached_tokens = 0
+        self.drafted = self.accepted = 0
+        self.admitted: float | None = None
+        self.first_token: float | None = None
+        self.last_token: float | None = None
+        self.eos = frozenset() if self.sampling.ignore_eos else eos
+        seed = random.getrandbits(63) if self.sampling.seed is None else self.sampling.seed + sample
+        self.seed = (seed + 2**63) % 2**64 - 2**63  # as an int64
+        self._detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self._watcher = StopWatcher(self.sampling.stop)
+        # Since the last piece.
+        self._spans: list[tuple[str, bool]] = []
+        self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+
+    @property
+    def generated(self) -> int:
+        return len(self.tokens) - len(self.request.prompt)
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may still generate, not counting those of steps whose outcome is not known."""
+        return self.sampling.max_tokens - self.generated
+
+    def push(self, token: int, drafted: bool, logprob: TokenLogprob | None) -> None:
+        """Takes one generated token. `drafted`: an MTP module drafted it. Sets `finish` where it ends the text."""
+        if token in self.eos:
+            self.finish = "stop"
+            self._say(self._rest(), drafted)
+            return
+        self.tokens.append(token)
+        self._tokens.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+            self._logprobs.append(logprob)
+        if self._detokenizer is not None:
+            text, stopped = self._watcher.push(self._detokenizer.push(token))
+            self._say(text, drafted)
+            if stopped:
+                self.finish, self.stop = "stop", self._watcher.found
+        if self.finish is None and self.generated >= self.sampling.max_tokens:
+            self.finish = "length"
+            self._say(self._rest(), drafted)
+
+    def end(self, finish: Finish, error: str | None = None) -> None:
+        """Ends this sample from outside: a failure, an abort or a deadline."""
+        self.finish, self.error = finish, error
+        if finish in ("abort", "deadline"):
+            self._say(self._rest(), False)
+
+    def piece(self) -> Piece | None:
+        """What has become certain since the last call; None where that is nothing."""
+        if not (self._spans or self._tokens or self.finish):
+            return None
+        text = "".join(text for text, _ in self._spans)
+        made = Piece(
+            self.request.id, text, self.output() if self.finish else None, self.sample,
+            tuple(self._tokens), tuple(self._spans), tuple(self._logprobs),
+        )  # fmt: skip
+        self._spans, self._tokens, self._logprobs = [], [], []
+        return made
+
+    def output(self) -> Output:
+        assert self.finish is not None
+        asked = self.sampling.logprobs is not None
+        return Output(
+            list(self.request.prompt), self.tokens[len(self.request.prompt) :], self.text, self.finish,
+            self.logprobs if asked else None, self.error, self.sample, self.cached_tokens, self.stop,
+            self.prompt_logprobs,
+        )  # fmt: skip
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since its first token."""
+        if self.first_token is None or self.last_token is None or self.last_token <= self.first_token:
+            return 0.0
+        return (self.generated - 1) / (self.last_token - self.first_token)
+
+    def overdue(self) -> bool:
+        return self.request.deadline is not None and time.monotonic() > self.request.deadline
+
+    def _say(self, text: str, drafted: bool) -> None:
+        if text:
+            self.text += text
+            self._spans.append((text, drafted))
+
+    def _rest(self) -> str:
+        if self._detokenizer is None:
+            return ""
+        text, _ = self._watcher.push(self._detokenizer.flush())
+        text += self._watcher.flush()
+        if self._watcher.reached:
+            self.stop = self._watcher.found
+        return text
