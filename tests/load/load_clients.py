@@ -122,10 +122,7 @@ class Client:
     async def vanished(self) -> None:
         """Sends a request, or a part of it, and is gone: politely, or with a reset."""
         body = json.dumps(self.asks(self.rng.choice(self.cases), stream=self.rng.random() < 0.5)).encode()
-        head = (
-            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        )
-        sent = head.encode() + b"\r\n\r\n" + body
+        sent = plain_request(body)
         if self.rng.random() < 0.3:
             sent = sent[: self.rng.randrange(len(sent))]
         _, writer = await asyncio.open_connection(*self.address)
@@ -147,8 +144,7 @@ class Client:
         loop = asyncio.get_running_loop()
         try:
             await loop.sock_connect(plain, self.address)
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-            await loop.sock_sendall(plain, head + body)
+            await loop.sock_sendall(plain, plain_request(body))
             await asyncio.sleep(self.rng.uniform(1.0, 4.0))
         finally:
             plain.close()
@@ -252,6 +248,12 @@ class Client:
             await response.aclose()
         if not ended or finish != "length" or usage is None or usage["completion_tokens"] != case.max_tokens:
             self.tally.fail(f"stream: ended {ended}, finish {finish}, usage {usage}, due {case.max_tokens} tokens")
+
+
+def plain_request(body: bytes) -> bytes:
+    """A request as it goes over the wire."""
+    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json"]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
 
 
 KINDS: dict[str, float] = {

@@ -27,7 +27,8 @@ from load_clients import Client, Tally, live
 from load_model import Case, make_cases, save_model
 
 POOL_BYTES = 40 * 32768  # 40 pages of 64 tokens, where 32 sequences of 3 run at once
-ARGUMENTS = ("--dtype", "float32", "--cache-bytes", str(POOL_BYTES), "--max-running", "32", "--max-waiting", "48")
+ARGUMENTS = ("--dtype=float32", f"--cache-bytes={POOL_BYTES}", "--max-running=32", "--limit=waiting=48")
+START = "from abyssal.cli import main; main()"  # whether or not the command is on the path
 COUNTED = (
     *("requests", "steps", "prompt_tokens", "cached_tokens", "generated_tokens"),
     *("preemptions", "evicted_pages", "copied_pages", "finished"),
@@ -64,7 +65,7 @@ def serving(model: Path, *arguments: str, seconds: float = 120.0) -> Iterator[Se
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "abyssal.cli", "serve", str(model), "--port", str(port), *arguments]
+    command = [sys.executable, "-c", START, "serve", str(model), "--port", str(port), *arguments]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
         server = Server(process, port)

@@ -44,6 +44,7 @@ class Script:
     key: str | None = None
     stats: dict[str, Any] = field(default_factory=dict)
     breaks_off: bool = False  # after the last event, without a finish
+    error: str | None = None  # that follows the last event
     requests: list[tuple[str, dict[str, Any]]] = field(default_factory=list)  # path and body
     hung_up: int = 0  # clients that went before their answer had ended
 
@@ -156,14 +157,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         try:
-            for event in events(self.path, answer, self.script.breaks_off):
+            for event in events(self.path, answer, self.script):
                 self.wfile.write(event.encode())
                 self.wfile.flush()
         except OSError:
             self.script.hung_up += 1
 
 
-def events(path: str, says: list[Say], breaks_off: bool) -> Iterator[str]:
+def events(path: str, says: list[Say], script: Script) -> Iterator[str]:
     """OpenAI's chunks, each with what the page shows beside them."""
     chat = path == "/v1/chat/completions"
 
@@ -179,7 +180,9 @@ def events(path: str, says: list[Say], breaks_off: bool) -> Iterator[str]:
         told = {"delta": {"reasoning_content" if say.thought else "content": text}} if chat else {"text": text}
         seen = {"spans": say.spans, "inside": say.inside}
         yield event([{"index": 0, "finish_reason": None, **told}], abyssal=seen)
-    if breaks_off:
+    if script.error is not None:
+        yield f"data: {json.dumps({'error': {'message': script.error, 'type': 'server_error', 'code': 'x'}})}\n\n"
+    if script.error is not None or script.breaks_off:
         return
     end = {"delta": {}} if chat else {"text": ""}
     yield event([{"index": 0, "finish_reason": "stop", **end}])

@@ -404,6 +404,14 @@ def test_an_answer_that_breaks_off_says_so(open_page: Open, script: Script) -> N
     assert page.locator(".answer").inner_text() == "Hello, world"
 
 
+def test_an_error_in_the_middle_is_told(open_page: Open, script: Script) -> None:
+    script.answers, script.error = [HELLO], "the engine has ended"
+    page = open_page()
+    ask(page, "hello?")
+    expect(page.locator("[role=alert]")).to_contain_text("The answer broke off: the engine has ended.")
+    assert page.locator(".answer").inner_text() == "Hello, world"
+
+
 def test_a_model_without_a_template_goes_on_with_the_text(open_page: Open, script: Script) -> None:
     script.chat, script.answers = False, [[Say((("(n):\n", True), ("    return", False)))], [Say(((" 1", False),))]]
     page = open_page()
@@ -415,6 +423,17 @@ def test_a_model_without_a_template_goes_on_with_the_text(open_page: Open, scrip
     answered(page, 2)
     assert [path for path, _ in script.requests] == ["/v1/completions"] * 2
     assert [body["prompt"] for _, body in script.requests] == ["def f", "def f(n):\n    return"]
+
+
+def test_the_template_can_be_left_out(open_page: Open, script: Script) -> None:
+    script.answers = [HELLO]
+    page = open_page()
+    page.click("#settings summary")
+    page.uncheck("#template")
+    ask(page, "def f")
+    answered(page)
+    path, body = script.requests[0]
+    assert path == "/v1/completions" and body["prompt"] == "def f" and "messages" not in body
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
