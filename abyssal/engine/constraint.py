@@ -6,7 +6,7 @@ so that a step verifies its drafts against the constrained distribution; `accept
 
 Ids that end a text are kept from llguidance, which is given an end of its own beyond the vocabulary: they are allowed
 exactly where the text may end. Control tokens, as `<|user|>`, never stand for their letters; a Lark grammar may name
-one.
+one. Where the grammar leaves only one way on, llguidance allows only the tokens that its bytes are usually made of.
 
 What bounds a compilation: the grammar's bytes; `multiple_of_limit`; `FUEL`, `STATES` and llguidance's own limits on
 items, symbols and depth; a stack that grows with the bytes allowed; and the clock. One that the clock has given up
@@ -144,8 +144,8 @@ class Constraint:
 
     def masks(self, drafts: Sequence[int], out: Words) -> int:
         """Fills `out [1 + len(drafts), ceil(vocab / 32)]` int32: bit i % 32 of word i // 32 is set where token i is
-        allowed, in row j after `drafts[:j]`. Returns how many drafts the grammar allows; the rows after the first
-        that it forbids repeat that draft's row.
+        allowed, in row j after `drafts[:j]`. Returns how many drafts the grammar allows (not one that would take it
+        past a limit); the rows after the first that it forbids repeat that draft's row.
 
         The state stays as it was. No row is empty: a text that can only end allows the ends. Raises GrammarError
         where nothing may follow: the text is at a dead end or past a limit, or there are no ends.
@@ -157,28 +157,22 @@ class Constraint:
         if not row.any():
             raise GrammarError("grammar: the text is complete, and there is no end-of-text token to say so")
         out[0] = row
-        allowed, moved, ended = 0, 0, self._ended
-        try:
-            for draft in drafts:
-                if not _has(row, draft):
-                    break
-                allowed += 1
-                if draft in self._vocabulary.ends:
-                    ended = True
-                else:
-                    self._consume(draft)
-                    moved += 1
-                following = self._vocabulary.ends_row if ended else self._compute()
-                row = following if following.any() else row
-                out[allowed] = row
-        finally:
-            if moved and not self._matcher.rollback(moved):
-                raise GrammarError(f"grammar: {moved} drafts could not be taken back: {_reason(self._matcher)}")
+        ahead, allowed = self.fork(), 0  # a copy costs microseconds, and leaves this one alone whatever a draft does
+        for draft in drafts:
+            try:
+                ahead.accept(draft)
+                following = ahead._allowed()
+            except GrammarError:
+                break
+            allowed += 1
+            row = following if following.any() else row  # complete, and without ends: what follows is never used
+            out[allowed] = row
         out[allowed + 1 :] = row
         return allowed
 
     def accept(self, token: int) -> None:
-        """Moves on by one token. Raises GrammarError, and stays, if the grammar forbids it here."""
+        """Moves on by one token. Raises GrammarError and stays if the grammar forbids it here; raises, and from then
+        on always, if it takes the grammar past a limit."""
         if not _has(self._allowed(), token):
             raise GrammarError(f"grammar: token {token} is not allowed here")
         if token in self._vocabulary.ends:
@@ -194,7 +188,9 @@ class Constraint:
 
     def fork(self) -> "Constraint":
         """Another text at the same place, that goes its own way."""
-        return Constraint(self._matcher.deep_copy(), self._vocabulary, self._ended)
+        copied = Constraint(self._matcher.deep_copy(), self._vocabulary, self._ended)
+        copied._now = self._now
+        return copied
 
     def _allowed(self) -> Words:
         if self._now is None:
@@ -299,7 +295,7 @@ def _parse(text: str, at: int, name: str, whole: bool = False) -> Any:
         raise GrammarError(f"{name}: malformed JSON: {error}") from None
     if whole and text[end:].strip():
         raise GrammarError(f"{name}: expected the schema to end at character {end}, got {text[end:].strip()[:20]!r}")
-    if not isinstance(value, dict | bool):
+    if not isinstance(value, dict):
         raise GrammarError(f"{name}: expected an object, got {type(value).__name__}")
     return value
 
