@@ -83,14 +83,10 @@ def parse_json(data: bytes, depth: int) -> Any:
 def _check_depth(value: Any, depth: int) -> None:
     level = [value]
     for _ in range(depth + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        level = [outer for outer in level if isinstance(outer, dict | list)]
         if not level:
             return
+        level = [inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)]
     raise ApiError(400, f"body: nested deeper than {depth}")
 
 

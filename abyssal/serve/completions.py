@@ -64,9 +64,7 @@ def _checked_prompts(body: CompletionRequest, service: Service) -> list[str] | l
         raise ApiError(400, "echo: expected stream to be false with it", param="echo")
     given = body.prompt
     prompts: list[str] | list[list[int]]
-    if isinstance(given, str):
-        prompts = [given]
-    elif given and isinstance(given[0], int):
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
         prompts = [given]
     else:
         prompts = given  # type: ignore[assignment]
