@@ -53,7 +53,8 @@ def make_cases(folder: Path, count: int, seed: int = 0) -> list[Case]:
             prompt = f"{rng.choice(shared)} {prompt}"
         max_tokens = rng.choice([8, 16, 32, 64])
         [output] = llm.generate([prompt], Sampling(max_tokens=max_tokens, temperature=0, ignore_eos=True))
-        cases.setdefault(output.text, Case(prompt, max_tokens, output.text))
+        if len(output.text) > 4:  # random tokens may all be special
+            cases.setdefault(output.text, Case(prompt, max_tokens, output.text))
         if len(cases) == count:
             break
     return list(cases.values())

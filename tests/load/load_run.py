@@ -112,8 +112,9 @@ class Watch:
             if status != 200:
                 tally.fail(f"/health answered {status}")
             stats = (await http.get("/v1/stats")).json()
-            self.most_used = max(self.most_used, stats["pages_total"] - stats["pages_free"])
-            self.most_waiting = max(self.most_waiting, stats["waiting"])
+            if stats:  # the worker reports within a moment
+                self.most_used = max(self.most_used, stats["pages_total"] - stats["pages_free"])
+                self.most_waiting = max(self.most_waiting, stats["waiting"])
             self.resident.append((time.monotonic() - began, server.resident()))
             await asyncio.sleep(0.5)
 
