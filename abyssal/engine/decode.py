@@ -109,7 +109,7 @@ class Decoder:
         without drafts to make, the modules only write their rows."""
         s, M = self.slots, self.modules
         start, at, kept = known - 1, accepted, []
-        drawn = []
+        drawn: list[Tensor] = []
         for depth in range(1, (kind.drafts or M) + 1):
             if depth <= M:
                 if depth > 1:  # one row back: its token ahead was not known before
@@ -131,12 +131,12 @@ class Decoder:
                     greedy=kind.greedy,
                 )  # fmt: skip
                 follow = follow.scatter(1, accepted[:, None] + depth, token.clamp(min=0)[:, None])
-                drawn.append(probs)
+                drawn += [probs] if probs is not None else []
             rows = out
         for own, row in zip(s.kept, kept):
             own.index_copy_(0, order, row)
         if drawn and s.draft_probs is not None and not kind.greedy:
-            s.draft_probs[order, : kind.drafts] = torch.stack(drawn, 1)  # type: ignore[arg-type]
+            s.draft_probs[order, : kind.drafts] = torch.stack(drawn, 1).to(torch.float32)
         return follow
 
     def rows(self, depth: int, states: Tensor, ahead: Tensor, table: Tensor, start: Tensor) -> Tensor:
