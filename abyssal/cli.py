@@ -240,6 +240,30 @@ def bench_operations(
         raise typer.Exit(1)
 
 
+@bench.command("engine")
+def bench_whole_engine(
+    model: Annotated[
+        str | None, typer.Argument(help="A preset or a folder. [default: deepseek-v2-lite on a GPU, tiny elsewhere]")
+    ] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the random weights are saved, or lie already.")] = None,
+    only: Annotated[str | None, typer.Option(help="Only loads with this in their names.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 256,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
+    startup: Annotated[bool, typer.Option(help="Time a start from the saved checkpoint; needs --folder.")] = True,
+    peer: Annotated[bool, typer.Option(help="Time transformers, too.")] = True,
+) -> None:
+    """Time the engine on a model's shape: decoding, prompts, crowds of requests; beside transformers."""
+    import torch
+
+    from abyssal.bench.engine import bench_engine
+
+    gpu = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
+    name = model or ("deepseek-v2-lite" if gpu else "tiny")
+    bench_engine(name, device, folder, batch, only, startup, peer, json_file, picture)
+
+
 def _ask(mark: str) -> str:
     try:
         return input(mark).strip()

@@ -21,7 +21,7 @@ from abyssal.engine.decode import Kind
 from abyssal.engine.metrics import Metrics
 from abyssal.engine.pages import Pages
 from abyssal.engine.request import Inside, Piece, Request, TokenLogprob
-from abyssal.engine.runner import PAGE, Pending, Result, Runner
+from abyssal.engine.runner import PAGE, Lap, Pending, Result, Runner
 from abyssal.engine.scheduler import NoPages, Plan, Scheduler
 from abyssal.engine.sequence import Sequence, State
 from abyssal.engine.speculation import Speculation
@@ -71,6 +71,7 @@ class Enqueued:
     """A step on its way."""
 
     began: float
+    lap: Lap
     steps: list[tuple[Pending, list[Sequence]]]
     pure: bool  # no prompt in it
 
@@ -123,6 +124,7 @@ class Engine:
         self._pieces: list[Piece] = []
         self._shown: dict[tuple[int, int], float] = {}
         self._settled = time.perf_counter()
+        self._last_lap: Lap | None = None
         self._recent: deque[tuple[float, int]] = deque()
 
     # ---- the face -----------------------------------------------------------------------------------------
@@ -218,13 +220,13 @@ class Engine:
                     self.scheduler.preempt()
 
     def _enqueue(self, plan: Plan) -> Enqueued:
-        began = time.perf_counter()
+        began, lap = time.perf_counter(), Lap(self.runner.device)
         runner, slots = self.runner, self.runner.slots
         with torch.inference_mode():
             slots.forget_loads([s.slot for s in plan.admitted])
             slots.write_tables(plan.tables)
         if plan.chunks:
-            for slot, said in runner.chunks([chunk for _, chunk in plan.chunks]).items():
+            for slot, said in runner.chunks([chunk for _, chunk in plan.chunks], lap).items():
                 owner = next(s for s, chunk in plan.chunks if chunk.slot == slot)
                 self._prompt_logprobs(owner, said.logprob.tolist(), said.top_ids.tolist(), said.top_logprobs.tolist())
         for s, _ in plan.chunks:
@@ -233,10 +235,12 @@ class Engine:
         steps = []
         for group, speculates in self._groups(decoding):
             kind, masks = self._kind(group, speculates)
-            steps.append((runner.step([s.slot for s in group], kind, masks), group))
+            steps.append((runner.step([s.slot for s in group], kind, lap, masks), group))
             for s in group:
                 s.ahead += 1
-        enqueued = Enqueued(began, steps, not plan.chunks)
+        lap.begin()
+        lap.end()
+        enqueued = Enqueued(began, lap, steps, not plan.chunks)
         self._on_its_way.append(enqueued)
         self.metrics.steps += 1
         return enqueued
@@ -330,6 +334,7 @@ class Engine:
                 if s.state is State.DECODING:
                     self._take(s, result, now)
             made += sum(s.generated for s in group) - before
+        self._lap(enqueued)
         ended = time.perf_counter()
         seconds = ended - max(self._settled, enqueued.began)
         self._settled = ended
@@ -342,6 +347,16 @@ class Engine:
         if enqueued.pure and len(enqueued.steps) == 1:
             pending, group = enqueued.steps[0]
             self.speculation.tell(len(group), pending.kind.width > 1, seconds, made)
+
+    def _lap(self, enqueued: Enqueued) -> None:
+        """The device's own time, and how long it had nothing to do before this step."""
+        if not self.asynchronous:
+            return
+        enqueued.lap.wait()  # where there were only prompts, nothing has been read yet
+        self.metrics.device_seconds += enqueued.lap.seconds()
+        if self._last_lap is not None:
+            self.metrics.idle_seconds += max(enqueued.lap.since(self._last_lap), 0.0)
+        self._last_lap = enqueued.lap if self._live else None
 
     def _take(self, s: Sequence, result: Result, now: float) -> None:
         if result.token < 0:

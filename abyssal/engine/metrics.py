@@ -54,7 +54,8 @@ class Metrics:
     step_seconds: float = 0.0
     decode_seconds: float = 0.0  # of steps without prompts
     decoded_tokens: int = 0  # generated in those
-    idle_seconds: float = 0.0  # between steps while there was work
+    idle_seconds: float = 0.0  # of a GPU, between the steps of a call
+    device_seconds: float = 0.0  # of a GPU, in steps
     drafted: list[int] = field(default_factory=list)  # by position in the draft
     accepted: list[int] = field(default_factory=list)
     finished: Counter[str] = field(default_factory=Counter)  # by Finish

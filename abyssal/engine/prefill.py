@@ -113,14 +113,18 @@ class Prefill:
         self.slots, self.main, self.module, self.head, self.modules = slots, main, module, head, modules
         self.page_size, self.workspace, self.allowed, self.fixed = page_size, workspace, allowed, fixed
 
-    def chunks(self, chunks: Several[Chunk]) -> dict[int, PromptLogprobs]:
-        """Writes the rows of all chunks. Returns what was asked for of the prompts' tokens, by slot."""
+    def chunks(
+        self, chunks: Several[Chunk], begin: Callable[[], None] = lambda: None
+    ) -> dict[int, PromptLogprobs]:  # fmt: skip
+        """Writes the rows of all chunks. Returns what was asked for of the prompts' tokens, by slot. `begin` is called
+        when the device is about to."""
         device = self.slots.device
         lens = [c.end - c.start for c in chunks]
         packing = packed([(c.pages, c.start, c.end) for c in chunks], self.page_size, device, self.fixed)
         ids = self._ids([id for c in chunks for id in c.tokens[c.start : c.end]], packing)
         reads = sum(c.end for c in chunks)
         path = "absorbed" if not packing.fresh and (self.fixed or reads > self.workspace) else None
+        begin()
         states, picks = (t[..., : sum(lens), :] for t in self.main(ids, packing, path))
         slots = upload(np.repeat([c.slot for c in chunks], lens), torch.int64, device)
         count_experts(self.slots.load, slots, picks, torch.ones_like(slots, dtype=torch.bool))

@@ -38,6 +38,37 @@ class Result:
     logprobs: list[tuple[float, list[tuple[int, float]]]] | None  # of accepted drafts and the token, with the likeliest
 
 
+class Lap:
+    """When the device began with a step and when it was done, by its own clock; where there is none, it says
+    nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._begun = False
+
+    def begin(self) -> None:
+        """Just before the first of the step's kernels; later calls are ignored."""
+        if self._events and not self._begun:
+            self._events[0].record()
+        self._begun = True
+
+    def end(self) -> None:
+        if self._events:
+            self._events[1].record()
+
+    def wait(self) -> None:
+        if self._events:
+            self._events[1].synchronize()
+
+    def seconds(self) -> float:
+        """Of the step, which must be over."""
+        return self._events[0].elapsed_time(self._events[1]) / 1e3 if self._events else 0.0
+
+    def since(self, before: "Lap") -> float:
+        """From the end of the step before to the beginning of this one."""
+        return before._events[1].elapsed_time(self._events[0]) / 1e3 if self._events else 0.0
+
+
 class Pending:
     """A step that has been enqueued."""
 
@@ -154,11 +185,11 @@ class Runner:
     # ---- what the engine asks for -------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def chunks(self, chunks: Several[Chunk]) -> dict[int, PromptLogprobs]:
-        return self.prefill.chunks(chunks)
+    def chunks(self, chunks: Several[Chunk], lap: Lap) -> dict[int, PromptLogprobs]:
+        return self.prefill.chunks(chunks, lap.begin)
 
     @torch.inference_mode()
-    def step(self, slots: Several[int], kind: Kind, masks: np.ndarray | None = None) -> Pending:
+    def step(self, slots: Several[int], kind: Kind, lap: Lap, masks: np.ndarray | None = None) -> Pending:
         """One decoding step of these slots; `kind.sequences` is filled in here. `masks [S, width, words]` int32."""
         size = len(slots)
         if self.graphs is not None:
@@ -173,6 +204,7 @@ class Runner:
             whole[: len(slots)] = masks
             bits = upload(whole, torch.int32, self.device)
         run = self.graphs or self.decoder.step
+        lap.begin()
         return Pending(run(order, kind, bits), len(slots), kind, self.device.type == "cuda")
 
     @torch.inference_mode()
