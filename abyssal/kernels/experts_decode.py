@@ -6,7 +6,7 @@ of D sums each token's choices, in their order, so that results repeat bitwise. 
 made by every token.
 
 Tokens stand in the columns of the products and weights in the rows: 16 columns cost the tensor cores nothing worth
-counting beside the reading. Each program finds the tokens of its expert itself, among at most a few hundred choices,
+counting beside the reading. Each program finds the tokens of its expert itself, among at most a few thousand choices,
 so nothing is sorted in a launch of its own.
 
 Both launches are programmatic dependents: they start while the kernel before them ends, ask L2 for their first
@@ -25,6 +25,7 @@ from abyssal.kernels.gate import dependent
 
 SCALE_BLOCK = tl.constexpr(128)
 SMS = 132  # of an H100
+PICKED = 32768  # numbers compared at a time to pick an expert's tokens: choices times tokens of a product
 
 
 class Tile(NamedTuple):
@@ -146,9 +147,9 @@ def _up_chosen(
 def _up_kernel(
     x, w1, w3, w1_scale, w3_scale, shared1, shared3, shared1_scale, shared3_scale, indices, weights, hidden, arrivals,
     T, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
-    CHOICES: tl.constexpr, BY_EXPERT: tl.constexpr, TOKENS: tl.constexpr, BF: tl.constexpr, BK: tl.constexpr,
-    SCALED: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    CHOICES: tl.constexpr, BY_EXPERT: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
+    BF: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     KS: tl.constexpr = K + SHARED
     HALF: tl.constexpr = BK // 2  # Wide blocks of tokens take room from the weights' stages.
@@ -170,16 +171,19 @@ def _up_kernel(
         tl.store(arrivals + tl.arange(0, BLOCKS), tl.zeros([BLOCKS], tl.int32))
     if SHARED > 0 and slot < SHARED:
         # The shared experts' F_SHARED columns are cut as if each were a routed expert's F.
-        token = tl.arange(0, TOKENS)
-        live = token < T
-        token = tl.where(live, token, 0)
         first = slot * F
-        _up_tile(
-            x, shared1 + first * D, shared3 + first * D, shared1_scale + first // SCALE_BLOCK * stride,
-            shared3_scale + first // SCALE_BLOCK * stride, hidden, token * KS + K + slot, token,
-            tl.full([TOKENS], 1.0, tl.float32), live, f0, stride, zero, D, F, BF, BK if TOKENS == 16 else HALF,
-            TOKENS, SCALED, STAGES if TOKENS == 16 else MORE, PDL,
-        )  # fmt: skip
+        t0 = 0
+        while t0 < T:
+            token = t0 + tl.arange(0, TOKENS)
+            live = token < T
+            token = tl.where(live, token, 0)
+            _up_tile(
+                x, shared1 + first * D, shared3 + first * D, shared1_scale + first // SCALE_BLOCK * stride,
+                shared3_scale + first // SCALE_BLOCK * stride, hidden, token * KS + K + slot, token,
+                tl.full([TOKENS], 1.0, tl.float32), live, f0, stride, zero, D, F, BF, BK if TOKENS == 16 else HALF,
+                TOKENS, SCALED, STAGES if TOKENS == 16 else MORE, PDL,
+            )  # fmt: skip
+            t0 += TOKENS
     else:
         expert = _expert(indices, slot - SHARED, CHOICES, BY_EXPERT, "")
         if expert >= 0:
@@ -194,13 +198,13 @@ def _up_kernel(
             s3 = w3_scale + expert * scales
             start = 0
             while start < count:
-                if TOKENS > 32 and count - start > 32:
+                if MOST > 32 and count - start > 32:
                     _up_chosen(
                         x, at1, at3, s1, s3, hidden, weights, rank, start, count, f0, stride, zero, D, F, K, KS,
                         CHOICES, BF, HALF, 64, SCALED, MORE, PDL,
                     )  # fmt: skip
                     start += 64
-                elif TOKENS > 16 and count - start > 16:
+                elif MOST > 16 and count - start > 16:
                     _up_chosen(
                         x, at1, at3, s1, s3, hidden, weights, rank, start, count, f0, stride, zero, D, F, K, KS,
                         CHOICES, BF, HALF, 32, SCALED, MORE, PDL,
@@ -257,9 +261,9 @@ def _down_chosen(
 def _down_kernel(
     hidden, w2, w2_scale, shared2, shared2_scale, indices, partial, arrivals, y,
     T, slots, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, SHARED: tl.constexpr,
-    CHOICES: tl.constexpr, BY_EXPERT: tl.constexpr, TOKENS: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr,
-    SCALED: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, WIDTH: tl.constexpr,
-    TB: tl.constexpr, PDL: tl.constexpr,
+    CHOICES: tl.constexpr, BY_EXPERT: tl.constexpr, TOKENS: tl.constexpr, MOST: tl.constexpr,
+    BD: tl.constexpr, BK: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    WIDTH: tl.constexpr, TB: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     KS: tl.constexpr = K + SHARED
     HALF: tl.constexpr = BK // 2
@@ -288,26 +292,29 @@ def _down_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     if SHARED > 0 and slot < SHARED:
-        token = tl.arange(0, TOKENS)
-        live = token < T
-        row = tl.where(live, token, 0) * KS + K + slot
-        _down_tile(
-            hidden, shared2 + slot * F, shared2_scale + slot * F // SCALE_BLOCK, partial, row, live, d0,
-            tl.cdiv(SHARED * F, SCALE_BLOCK), zero, D, F, SHARED * F, BD, BK if TOKENS == 16 else HALF, TOKENS,
-            SCALED, STAGES if TOKENS == 16 else MORE, PDL,
-        )  # fmt: skip
+        t0 = 0
+        while t0 < T:
+            token = t0 + tl.arange(0, TOKENS)
+            live = token < T
+            row = tl.where(live, token, 0) * KS + K + slot
+            _down_tile(
+                hidden, shared2 + slot * F, shared2_scale + slot * F // SCALE_BLOCK, partial, row, live, d0,
+                tl.cdiv(SHARED * F, SCALE_BLOCK), zero, D, F, SHARED * F, BD, BK if TOKENS == 16 else HALF, TOKENS,
+                SCALED, STAGES if TOKENS == 16 else MORE, PDL,
+            )  # fmt: skip
+            t0 += TOKENS
     else:
         at2 = w2 + tl.maximum(expert, 0).to(tl.int64) * (D * F)
         s2 = w2_scale + expert * scales
         start = 0
         while start < count:
-            if TOKENS > 32 and count - start > 32:
+            if MOST > 32 and count - start > 32:
                 _down_chosen(
                     hidden, at2, s2, partial, rank, start, count, d0, stride, zero, D, F, K, KS, CHOICES, BD, HALF, 64,
                     SCALED, MORE, PDL,
                 )  # fmt: skip
                 start += 64
-            elif TOKENS > 16 and count - start > 16:
+            elif MOST > 16 and count - start > 16:
                 _down_chosen(
                     hidden, at2, s2, partial, rank, start, count, d0, stride, zero, D, F, K, KS, CHOICES, BD, HALF, 32,
                     SCALED, MORE, PDL,
@@ -353,7 +360,7 @@ def experts_decode(
     """`[T, D]`: Σ_k weights[t, k] · w2(silu(w1 x_t) · w3 x_t) with the weights of expert indices[t, k]; no gradients.
 
     `x [T, D]`, `w1`, `w3` `[E, F, D]`, `w2 [E, D, F]`, `indices [T, K]` of integers in [0, E), `weights [T, K]` of any
-    float dtype. Meant for T <= 64, right for any. Weights are of x's dtype, or e4m3 with `scales`, those of w1, w2 and
+    float dtype. Meant for T <= 256, right for any. Weights are of x's dtype, or e4m3 with `scales`, those of w1, w2 and
     w3: `[E, F/128, D/128]`, `[E, D/128, F/128]`, `[E, F/128, D/128]` float32.
     """
     return moe_decode(x, w1, w2, w3, indices, weights, scales=scales, cut=cut)
@@ -391,8 +398,7 @@ def moe_decode(
     routed = min(E, T * K)
     up, down = cut or tiles(T, routed + shared, F, scaled)
     tokens = max(16, triton.next_power_of_2(min(T, 64)))
-    if F_shared and tokens < T:
-        raise ValueError(f"x: expected at most 64 tokens beside shared experts, got {T}")
+    choices = max(16, triton.next_power_of_2(T * K))
     hidden = x.new_empty(T * (K + shared), F)
     partial = x.new_empty(T * (K + shared), D, dtype=torch.float32)
     blocks = triton.cdiv(D, down.rows)
@@ -406,7 +412,7 @@ def moe_decode(
     width = 128 // w1.element_size()
     same = {
         "D": D, "F": F, "K": K, "SHARED": shared, "BY_EXPERT": routed == E,
-        "TOKENS": tokens, "CHOICES": max(16, triton.next_power_of_2(T * K)), "SCALED": scaled,
+        "TOKENS": tokens, "MOST": min(tokens, max(PICKED // choices, 16)), "CHOICES": choices, "SCALED": scaled,
         "WIDTH": width, "PDL": pdl, "launch_pdl": pdl,
     }  # fmt: skip
     _up_kernel[((routed + shared) * triton.cdiv(F, up.rows),)](

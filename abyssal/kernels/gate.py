@@ -1,4 +1,4 @@
-"""The gate: logits of a few tokens, and the choice of experts, a warp a token.
+"""The gate: logits, and the choice of experts, a warp a token.
 
 `_logits_kernel` spreads a router's weight over the chip, since one token's product is nothing but its reading: blocks
 of experts times pieces of D, each piece's sum kept apart in float32. `_choose_kernel` adds the pieces in their order
@@ -16,6 +16,7 @@ from torch import Tensor
 STEP = 128  # columns of D a step
 ROWS = 16  # experts a program
 PROGRAMS = 128  # about one an SM
+MANY = 512  # more tokens than this are enough to fill the device with 64 experts a program
 LAST = tl.constexpr(-3.4e38)
 
 
@@ -27,7 +28,7 @@ def _logits_kernel(
 ):  # fmt: skip
     """pieces[p, t, e] = Σ x[t, d] weight[e, d] over the p-th SPAN of D."""
     e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    t = tl.arange(0, TOKENS)
+    t = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
     first = tl.program_id(1) * SPAN
     d = first + tl.arange(0, STEP)
     if PDL:
@@ -37,12 +38,14 @@ def _logits_kernel(
     for k in tl.range(0, SPAN, STEP, num_stages=4):
         inside = d + k < D
         w_k = tl.load(weight + e[:, None] * D + (d + k)[None, :], mask=(e[:, None] < E) & inside[None, :], other=0.0)
-        x_k = tl.load(x + t[None, :] * D + (d + k)[:, None], mask=(t[None, :] < T) & inside[:, None], other=0.0)
+        x_k = tl.load(
+            x + t.to(tl.int64)[None, :] * D + (d + k)[:, None], mask=(t[None, :] < T) & inside[:, None], other=0.0
+        )
         if WIDE:
             w_k = w_k.to(tl.float32)
             x_k = x_k.to(tl.float32)
         acc = tl.dot(w_k, x_k, acc, input_precision="ieee")
-    at = pieces + (tl.program_id(1) * T + t[None, :]) * E + e[:, None]
+    at = pieces + (tl.program_id(1) * T + t[None, :]).to(tl.int64) * E + e[:, None]
     tl.store(at, acc, mask=(t[None, :] < T) & (e[:, None] < E))
 
 
@@ -112,16 +115,18 @@ def _choose_kernel(
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
-    """`[P, T, E]` float32, whose sum over P is x weightᵀ: `x [T, D]`, T <= 64, `weight [E, D]`, summed in float32
-    from exact products where both are bf16, from float32 values otherwise."""
+    """`[P, T, E]` float32, whose sum over P is x weightᵀ: `x [T, D]`, `weight [E, D]`, contiguous, summed in float32
+    from exact products where both are bf16, from float32 values otherwise (T <= 64 then). P depends on T alone."""
     (T, D), E = x.shape, weight.shape[0]
-    blocks, steps = triton.cdiv(E, ROWS), triton.cdiv(D, STEP)
-    span = triton.cdiv(steps, max(1, min(steps, PROGRAMS // blocks)))
+    rows = ROWS if T <= MANY else 64
+    tokens = min(max(16, triton.next_power_of_2(T)), 64)
+    blocks, steps, groups = triton.cdiv(E, rows), triton.cdiv(D, STEP), triton.cdiv(T, tokens)
+    span = triton.cdiv(steps, max(1, min(steps, PROGRAMS // (blocks * groups))))
     count = triton.cdiv(steps, span)
     pieces = torch.empty(count, T, E, dtype=torch.float32, device=x.device)
     pdl = dependent(x)
-    _logits_kernel[(blocks, count)](
-        x, weight, pieces, T, E, D, span * STEP, max(16, triton.next_power_of_2(T)), ROWS, STEP,
+    _logits_kernel[(blocks, count, groups)](
+        x, weight, pieces, T, E, D, span * STEP, tokens, rows, STEP,
         WIDE=not x.dtype == weight.dtype == torch.bfloat16, PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     return pieces

@@ -17,6 +17,7 @@ from torch import Tensor
 
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
+ALONE = 32  # ranges a sequence is split into at most, where they may depend on its own length alone
 
 # 2^120: what bf16's wider exponent takes from an e4m3 number whose bits are moved into place.
 REBIAS = tl.constexpr(2.0**120)
@@ -50,6 +51,12 @@ def _tiles(cu_q, context_lens, S, row, H: tl.constexpr, S_PAD: tl.constexpr, BN:
 
 
 @triton.jit
+def _share(n, SPLITS: tl.constexpr):
+    """Tiles a range where each sequence of n is split by its own length alone: at least 8, at most SPLITS ranges."""
+    return tl.maximum((n + SPLITS - 1) // SPLITS, 8)
+
+
+@triton.jit
 def _dequantise(bytes, scale, CP: tl.constexpr, BN: tl.constexpr, dtype: tl.constexpr, ASM: tl.constexpr):
     """[BN, CP] of dtype from e4m3 bytes and [BN, CP / 128] float32 scales."""
     if ASM and dtype == tl.bfloat16:
@@ -69,15 +76,22 @@ def _attend(
     H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     CP: tl.constexpr, RP: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    FP8: tl.constexpr, ALIGNED: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr,
+    FP8: tl.constexpr, ALIGNED: tl.constexpr, ASM: tl.constexpr, PRECISION: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     block, p = tl.program_id(0) % BLOCKS, tl.program_id(0) // BLOCKS
-    n = _tiles(cu_q, context_lens, S, block * BM, H, S_PAD, BN)
-    total = tl.sum(n)
-    chunk = tl.maximum((total + P - 1) // P, 1)
-    tile, last = p * chunk, tl.minimum(p * chunk + chunk, total)
-    s = tl.sum((tl.cumsum(n) <= tile).to(tl.int32))
-    begin = tl.sum(tl.where(tl.arange(0, S_PAD) < s, n, 0))  # the first tile of sequence s
+    if SPLITS > 0:
+        s, begin = p // SPLITS, 0
+        own = (tl.load(context_lens + s) + BN - 1) // BN
+        chunk = _share(own, SPLITS)
+        tile = p % SPLITS * chunk
+        last = tl.where(tl.load(cu_q + s + 1) > tl.load(cu_q + s), tl.minimum(tile + chunk, own), 0)
+    else:
+        n = _tiles(cu_q, context_lens, S, block * BM, H, S_PAD, BN)
+        total = tl.sum(n)
+        chunk = tl.maximum((total + P - 1) // P, 1)
+        tile, last = p * chunk, tl.minimum(p * chunk + chunk, total)
+        s = tl.sum((tl.cumsum(n) <= tile).to(tl.int32))
+        begin = tl.sum(tl.where(tl.arange(0, S_PAD) < s, n, 0))  # the first tile of sequence s
 
     r = block * BM + tl.arange(0, BM)
     j, h = r // H, r % H
@@ -161,7 +175,7 @@ def _attend(
                 tl.store(out + place[:, None] * C + c[None, :], acc.to(dtype), mask=live[:, None] & (c < C)[None, :])
                 tl.store(lse + place, sums * LN2, mask=live)
             else:
-                slot = 2 * p + (tile == begin).to(tl.int32)
+                slot = p if SPLITS > 0 else 2 * p + (tile == begin).to(tl.int32)
                 place = slot.to(tl.int64) * (BLOCKS * BM) + r
                 tl.store(part + place[:, None] * C + c[None, :], acc, mask=live[:, None] & (c < C)[None, :])
                 tl.store(part_lse + place, sums, mask=live)
@@ -174,21 +188,25 @@ def _attend(
 def _merge(
     cu_q, context_lens, out, lse, part, part_lse, S, P,
     H: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr,
+    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One query of one head and BC columns a program, where a sequence's tiles lay in more than one range."""
     t, h = tl.program_id(0) // H, tl.program_id(0) % H
     i = tl.arange(0, S_PAD)
     s = tl.sum(((tl.load(cu_q + i + 1, mask=i < S, other=2**31 - 1) <= t) & (i < S)).to(tl.int32))
     row = (t - tl.load(cu_q + s)) * H + h
-    n = _tiles(cu_q, context_lens, S, row // BM * BM, H, S_PAD, BN)
-    chunk = tl.maximum((tl.sum(n) + P - 1) // P, 1)
-    begin = tl.sum(tl.where(i < s, n, 0))
-    first, last = begin // chunk, (begin + tl.sum(tl.where(i == s, n, 0)) - 1) // chunk
+    if SPLITS > 0:
+        own = (tl.load(context_lens + s) + BN - 1) // BN
+        first, last = 0, (own - 1) // _share(own, SPLITS)
+    else:
+        n = _tiles(cu_q, context_lens, S, row // BM * BM, H, S_PAD, BN)
+        chunk = tl.maximum((tl.sum(n) + P - 1) // P, 1)
+        begin = tl.sum(tl.where(i < s, n, 0))
+        first, last = begin // chunk, (begin + tl.sum(tl.where(i == s, n, 0)) - 1) // chunk
     if first < last:
         p = tl.arange(0, P_PAD)
         mine = (p >= first) & (p <= last)
-        place = (2 * p + (p == first).to(tl.int32)) * (BLOCKS * BM) + row
+        place = (s * SPLITS + p if SPLITS > 0 else 2 * p + (p == first).to(tl.int32)) * (BLOCKS * BM) + row
         sums = tl.load(part_lse + place, mask=mine, other=float("-inf"))
         top = tl.max(sums)
         weight = tl.sum(tl.exp2(sums - top))
@@ -196,7 +214,8 @@ def _merge(
         acc = tl.zeros([BC], part.dtype.element_ty)
         for k in tl.range(first, last + 1, BP):
             some = k + tl.arange(0, BP)
-            at = (2 * some + (some == first).to(tl.int32)).to(tl.int64) * (BLOCKS * BM) + row
+            at = s * SPLITS + some if SPLITS > 0 else 2 * some + (some == first).to(tl.int32)
+            at = at.to(tl.int64) * (BLOCKS * BM) + row
             share = tl.exp2(tl.load(part_lse + at, mask=some <= last, other=float("-inf")) - top)
             values = tl.load(
                 part + at[:, None] * C + c[None, :], mask=(some <= last)[:, None] & (c < C)[None, :], other=0.0
@@ -219,11 +238,13 @@ def latent_decode(
     max_q: int,
     scale: float,
     tiling: dict[str, int] | None = None,
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, C]` in q_latent's dtype and the log-sum-exps `[T, H]` float32; arguments as the operation's.
 
     `rows` are of q_latent's dtype or uint8, packed e4m3 (`ops/latent_rows.py`). No sequence brings more than `max_q`
-    queries. `tiling` overrides BM, BN, STAGES, warps, fill (programs a multiprocessor).
+    queries. `alone`: a sequence is split by its own length, whatever else is in the batch, so that its results are
+    the same bits beside any others. `tiling` overrides BM, BN, STAGES, warps, fill (programs a multiprocessor).
     """
     T, H, C = q_latent.shape
     R, S = q_rope.shape[-1], context_lens.shape[0]
@@ -236,9 +257,11 @@ def latent_decode(
     use = _tiling(q_latent.dtype, fp8, H * max_q, q_latent.device) | (tiling or {})
     BM, BN = use["BM"], use["BN"]
     blocks = triton.cdiv(max_q * H, BM)
-    P = max(processors(q_latent.device) * use["fill"] // blocks, 1)
-    part = torch.empty(2 * P * blocks * BM, C, dtype=wide, device=q_latent.device)
-    part_lse = torch.empty(2 * P * blocks * BM, dtype=wide, device=q_latent.device)
+    splits = ALONE if alone else 0
+    P = S * splits if alone else max(processors(q_latent.device) * use["fill"] // blocks, 1)
+    parts = P if alone else 2 * P
+    part = torch.empty(parts * blocks * BM, C, dtype=wide, device=q_latent.device)
+    part_lse = torch.empty(parts * blocks * BM, dtype=wide, device=q_latent.device)
     q_latent, q_rope = (q if q.stride(-1) == 1 else q.contiguous() for q in (q_latent, q_rope))
     scales = ropes = rows
     if fp8:
@@ -252,16 +275,18 @@ def latent_decode(
         STAGES=use["STAGES"], FP8=fp8, ALIGNED=page_size % BN == 0,
         ASM=rows.device.type == "cuda", PRECISION="ieee", num_warps=use["warps"],
         H=H, C=C, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, BN=BN,
+        SPLITS=splits,
     )  # fmt: skip
-    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, BN)
+    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, BN, splits)
     return out, lse
 
 
 def merge(
     cu_q: Tensor, context_lens: Tensor, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor,
-    P: int, blocks: int, BM: int, BN: int,
+    P: int, blocks: int, BM: int, BN: int, splits: int = 0,
 ) -> None:  # fmt: skip
-    """Fills `out` and `lse` where a sequence's tiles lay in several of the P ranges."""
+    """Fills `out` and `lse` where a sequence's tiles lay in several of the P ranges, of which each sequence has
+    `splits` of its own where that is not 0."""
     T, H, C = out.shape
     S = context_lens.shape[0]
     # Few rows are cut finely, to be merged by many programs; of many, most have nothing to merge and should cost
@@ -271,7 +296,7 @@ def merge(
     _merge[(T * H, triton.cdiv(C, columns))](
         cu_q, context_lens, out, lse, part, part_lse, S, P,
         H=H, C=C, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, BN=BN,
-        P_PAD=triton.next_power_of_2(P), BC=columns, BP=at_once, num_warps=4,
+        P_PAD=triton.next_power_of_2(splits or P), BC=columns, BP=at_once, SPLITS=splits, num_warps=4,
     )  # fmt: skip
 
 

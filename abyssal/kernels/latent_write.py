@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from abyssal.kernels.gate import dependent
+
 HEADS = 8  # query heads a program rotates
 
 
@@ -34,10 +36,13 @@ def _write(
     kv, weight, cos, sin, rows, scales, ropes, slots, q,
     stride_kv, stride_qt, stride_qh, eps, H, first,
     C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr,
-    FP8: tl.constexpr, HEADS: tl.constexpr,
+    FP8: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
     i, e = tl.arange(0, RP // 2), tl.arange(0, RP)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if R > 0:
         c_wide = tl.load(cos + t * (R // 2) + i, mask=i < R // 2, other=0.0).to(tl.float32)[None, :]
         s_wide = tl.load(sin + t * (R // 2) + i, mask=i < R // 2, other=0.0).to(tl.float32)[None, :]
@@ -47,7 +52,9 @@ def _write(
         x = tl.load(kv + t * stride_kv + c, mask=c < C, other=0.0).to(tl.float32)
         x = (x * tl.rsqrt(tl.sum(x * x) / C + eps)).to(dtype).to(tl.float32)
         x = (x * tl.load(weight + c, mask=c < C, other=0.0).to(dtype).to(tl.float32)).to(dtype)
-        slot = tl.load(slots + t).to(tl.int64)
+        slot = t
+        if SLOTS:
+            slot = tl.load(slots + t).to(tl.int64)
         if FP8:
             groups = tl.reshape(x.to(tl.float32), (CP // 128, 128))
             scale = _scale_of(tl.max(tl.abs(groups), 1))
@@ -81,7 +88,7 @@ def latent_write(
     cos: Tensor | None,
     sin: Tensor | None,
     rows: Tensor,
-    slots: Tensor,
+    slots: Tensor | None,
     q: Tensor | None,
 ) -> None:
     """Arguments as the operation's; writes `rows`, and `q` in place."""
@@ -97,10 +104,13 @@ def latent_write(
     H = 0 if q is None or not R else q.shape[1]
     if q is None:
         q = kv
+    pdl = dependent(kv)
     _write[(T, 1 + triton.cdiv(H, HEADS))](
         kv, norm_weight, cos.contiguous(), sin.contiguous(), rows,
-        rows.view(torch.float32) if fp8 else rows, rows.view(torch.bfloat16) if fp8 else rows, slots, q,
+        rows.view(torch.float32) if fp8 else rows, rows.view(torch.bfloat16) if fp8 else rows,
+        kv if slots is None else slots, q,
         kv.stride(0), q.stride(0), q.stride(1), eps, H, q.shape[-1] - R,
         C=C, R=R, W=rows.shape[1], CP=max(triton.next_power_of_2(C), 128 if fp8 else 1),
-        RP=max(triton.next_power_of_2(R), 2), FP8=fp8, HEADS=HEADS, num_warps=4,
+        RP=max(triton.next_power_of_2(R), 2), FP8=fp8, HEADS=HEADS, SLOTS=slots is not None, PDL=pdl,
+        num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

@@ -94,7 +94,7 @@ class MoE(nn.Module):
         """`[T, D]` -> `[T, D]` and what the gate decided."""
         routing = self.gate(x)
         e, s = self.experts, self.shared_experts
-        if s is not None and s.w1.scale is None and read_together(x, e.w1, e.w2, e.w3, s.w1.weight):
+        if s is not None and s.w1.scale is None and read_together(x, e.w1, e.w2, e.w3, routing.indices, s.w1.weight):
             shared = s.w1.weight, s.w2.weight, s.w3.weight
             return with_shared(x, e.w1, e.w2, e.w3, routing.indices, routing.weights, *shared), routing
         y = e(x, routing)

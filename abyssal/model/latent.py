@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from abyssal.config import ModelConfig
 from abyssal.model.cache import Leaves
-from abyssal.model.layers import Linear, RMSNorm
+from abyssal.model.layers import Linear, RMSNorm, beside, join
 from abyssal.model.packing import Packing
 from abyssal.model.positions import Rotary, rotary
 from abyssal.ops.attention import attention
@@ -71,11 +71,14 @@ class LatentAttention(nn.Module):
                 raise ValueError("path 'absorbed': with coupled RoPE a rotation stands between W_UQ and W_UK")
             out = self.absorbed(x, angles, packing, cache["latent"])
         elif path == "expanded":
-            q_nope, q_rope = self.queries(x, angles)
-            latent, k_rope = self.leave(x, angles)
-            if cache is not None:
-                assert packing.slots is not None
-                cache["latent"].index_copy_(0, packing.slots, row(latent, k_rope, cache["latent"].dtype))
+            if cache is None or c.position == "rope" or torch.is_grad_enabled():
+                q_nope, q_rope = self.queries(x, angles)
+                latent, k_rope = self.leave(x, angles)
+                if cache is not None:
+                    assert packing.slots is not None
+                    cache["latent"].index_copy_(0, packing.slots, row(latent, k_rope, cache["latent"].dtype))
+            else:
+                q_nope, q_rope, latent, k_rope = self.written(x, angles, packing, cache["latent"])
             out = self.expanded(q_nope, q_rope, latent, k_rope, packing, None if packing.fresh else cache)
         else:
             raise ValueError(f"path: expected 'expanded' or 'absorbed', got {path!r}")
@@ -108,6 +111,19 @@ class LatentAttention(nn.Module):
         q = self.wq_b(self.q_norm(self.wq_a(x))) if self.compressed else self.wq(x)
         return q.unflatten(-1, (self.config.num_attention_heads, -1))
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`project_queries`, and `[T, C + R]`: latent and rotary key, nothing normalised or rotated."""
+        if self.compressed:
+            q, kv = beside(x, self.wq_a, self.wkv_a)
+            q = self.wq_b(self.q_norm(q))
+        else:
+            q, kv = beside(x, self.wq, self.wkv_a)
+        return q.unflatten(-1, (self.config.num_attention_heads, -1)), kv
+
+    def join(self) -> None:
+        """See `Transformer.join`."""
+        join(self.wq_a if self.compressed else self.wq, self.wkv_a)
+
     def leave(self, x: Tensor, angles: Rotary | None) -> tuple[Tensor, Tensor | None]:
         """The latent `[T, C]`, normalised, and the rotary key `[T, R]`, rotated (equations 1 and 3)."""
         c = self.config
@@ -116,6 +132,21 @@ class LatentAttention(nn.Module):
         assert angles is not None
         latent, k_rope = self.wkv_a(x).split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
         return self.kv_norm(latent), rotate(k_rope, *angles)
+
+    def written(
+        self, x: Tensor, angles: Rotary | None, packing: Packing, rows: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """`queries` and `leave` for inference, and the rows of the cache written: two passes over memory. Latents
+        and rotary keys are not rounded to the cache's dtype."""
+        c = self.config
+        q, kv = self.project(x)
+        cos, sin = angles if c.qk_rope_head_dim and angles is not None else (None, None)
+        own = torch.empty_like(kv, memory_format=torch.contiguous_format)
+        latent_write(kv, self.kv_norm.weight, LATENT_EPS, cos, sin, own, None, q)
+        latent_write(kv, self.kv_norm.weight, LATENT_EPS, cos, sin, rows, packing.slots)
+        latent, k_rope = own.split((c.kv_lora_rank, c.qk_rope_head_dim), -1)
+        q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
+        return (q_nope, q_rope, latent, k_rope) if c.qk_rope_head_dim else (q_nope, None, latent, None)
 
     def up_projections(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """W_UK `[H, N, C]` and W_UV `[H, V, C]`, views of `wkv_b`."""
@@ -139,16 +170,14 @@ class LatentAttention(nn.Module):
         cu_k, longest = packing.cu_seqlens, packing.max_len
         positions = packing.positions
         if cache is not None:
-            assert packing.block_table is not None and packing.context_lens is not None
-            rows, cu_k, longest = gather_pages(
-                cache["latent"], packing.block_table, packing.context_lens, packing.page_size
-            )
+            rows, cu_k, longest = packed_context(cache["latent"], packing)
             if rows.dtype == torch.uint8:
                 rows = unpack_rows(rows, c.kv_lora_rank, q_nope.dtype)
             latent = rows[:, : c.kv_lora_rank]
             k_rope = rows[:, c.kv_lora_rank :] if c.qk_rope_head_dim else None
-            places = torch.arange(rows.shape[0], device=rows.device)
-            positions = places - cu_k[:-1].repeat_interleave(cu_k.diff())
+            if c.position == "rope":
+                places = torch.arange(rows.shape[0], device=rows.device)
+                positions = places - cu_k[:-1].repeat_interleave(cu_k.diff(), output_size=rows.shape[0])
         kv = self.wkv_b(latent).unflatten(-1, (c.num_attention_heads, -1))
         k_nope, v = kv.split((c.qk_nope_head_dim, c.v_head_dim), -1)
         if c.position == "rope":
@@ -164,7 +193,7 @@ class LatentAttention(nn.Module):
         normalised, rotary key and queries are rotated and the row is written by one operation."""
         c = self.config
         assert packing.block_table is not None and packing.context_lens is not None and packing.slots is not None
-        q, kv = self.project_queries(x), self.wkv_a(x)
+        q, kv = self.project(x)
         cos, sin = angles if c.qk_rope_head_dim and angles is not None else (None, None)
         latent_write(kv, self.kv_norm.weight, LATENT_EPS, cos, sin, rows, packing.slots, q)
         q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
@@ -172,8 +201,18 @@ class LatentAttention(nn.Module):
         out_latent = latent_decode(
             per_head(q_nope, w_uk.transpose(1, 2)), q_rope if c.qk_rope_head_dim else None, rows, packing.cu_seqlens,
             packing.block_table, packing.context_lens, packing.page_size, c.softmax_scale, max_q=packing.max_len,
+            alone=packing.alone,
         )  # fmt: skip
         return per_head(out_latent, w_uv)
+
+
+def packed_context(rows: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int]:
+    """The cached rows of every sequence's context, one behind the other: `[L, W]`, their boundaries, the longest.
+    Waits for the device only where the host does not know the lengths."""
+    if packing.context_rows is not None and packing.cu_context is not None:
+        return rows.index_select(0, packing.context_rows), packing.cu_context, packing.max_context
+    assert packing.block_table is not None and packing.context_lens is not None
+    return gather_pages(rows, packing.block_table, packing.context_lens, packing.page_size)
 
 
 def row(latent: Tensor, k_rope: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from abyssal.ops.fp8 import dequantize
 from abyssal.ops.fp8_linear import fp8_linear
-from abyssal.ops.linear import linear
-from abyssal.ops.norm import rms_norm
+from abyssal.ops.gated import gated
+from abyssal.ops.linear import adjoin, adjoining, linear
+from abyssal.ops.norm import add_norm, rms_norm
 
 
 class Pinned(nn.Module):
@@ -55,6 +56,20 @@ class Linear(Pinned):
         return linear(x, self.weight.to(x.dtype))
 
 
+def beside(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
+    """Several maps of one input: one product where their weights adjoin (`join`), else one after the other."""
+    joined = None if any(m.scale is not None for m in maps) else adjoining([m.weight for m in maps])
+    if joined is None or joined.dtype != x.dtype:
+        return tuple(m(x) for m in maps)
+    return linear(x, joined).split([m.weight.shape[0] for m in maps], -1)
+
+
+def join(*maps: Linear) -> None:
+    """Lays the maps' weights one behind the other, for `beside`; those in FP8 are left as they are."""
+    if all(m.scale is None for m in maps):
+        adjoin([m.weight for m in maps])
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · weight."""
 
@@ -65,6 +80,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y, and the norm of that."""
+        return add_norm(x, y, self.weight, self.eps)
 
 
 class MLP(nn.Module):
@@ -77,4 +96,9 @@ class MLP(nn.Module):
         self.w3 = Linear(width, inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+        a, b = beside(x, self.w1, self.w3)
+        return self.w2(gated(a, b))
+
+    def join(self) -> None:
+        """See `Transformer.join`."""
+        join(self.w1, self.w3)

@@ -7,12 +7,13 @@ absorbed. YaRN stretches the slow rotations to reach past the trained length (Pe
 """
 
 import math
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from abyssal.config import ModelConfig, yarn_mscale
+from abyssal.config import ModelConfig, Yarn, yarn_mscale
 
 
 class Rotary(NamedTuple):
@@ -28,9 +29,11 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
     YaRN keeps pairs that turn more than `beta_fast` times within the original window, divides by `factor` those
     that turn less than `beta_slow` times, and blends between (YaRN, equation 23).
     """
-    width, theta = config.rotary_width, config.rope_theta
+    return _inverse_frequencies(config.rotary_width, config.rope_theta, config.rope_scaling, device)
+
+
+def _inverse_frequencies(width: int, theta: float, yarn: Yarn | None, device: torch.device | None) -> Tensor:
     freq = theta ** -(torch.arange(0, width, 2, dtype=torch.float32, device=device) / width)
-    yarn = config.rope_scaling
     if yarn is None:
         return freq
 
@@ -45,20 +48,30 @@ def inverse_frequencies(config: ModelConfig, device: torch.device | None = None)
     return freq / yarn.factor * ramp + freq * (1 - ramp)
 
 
+@lru_cache
+def _kept(width: int, theta: float, yarn: Yarn | None, device: torch.device) -> Tensor:
+    """Inverse frequencies on a GPU, made once: a decoding step would launch a dozen small kernels for them."""
+    with torch.inference_mode(False):  # training may use them too
+        return _inverse_frequencies(width, theta, yarn, device)
+
+
 def rotary(config: ModelConfig, positions_T: Tensor) -> Rotary | None:
     """The angles of a batch, once for all layers; None where nothing is rotated.
 
-    Computed from the configuration at every call: a buffer would be rounded by `.to(bfloat16)`. YaRN's ratio
+    Computed from the configuration, since a buffer would be rounded by `.to(bfloat16)`. YaRN's ratio
     mscale/mscale_all_dim multiplies cos and sin (1 in every public checkpoint).
     """
     if not config.rotary_width:
         return None
-    angles = positions_T.float()[:, None] * inverse_frequencies(config, positions_T.device)
-    yarn = config.rope_scaling
+    yarn, device = config.rope_scaling, positions_T.device
+    once = device.type == "cuda" and not torch.compiler.is_compiling()
+    frequencies = (_kept if once else _inverse_frequencies)(config.rotary_width, config.rope_theta, yarn, device)
+    angles = positions_T.float()[:, None] * frequencies
     ratio = 1.0
     if yarn is not None:
         ratio = yarn_mscale(yarn.factor, yarn.mscale) / yarn_mscale(yarn.factor, yarn.mscale_all_dim)
-    return Rotary(angles.cos() * ratio, angles.sin() * ratio)
+    cos, sin = angles.cos(), angles.sin()
+    return Rotary(cos, sin) if ratio == 1 else Rotary(cos * ratio, sin * ratio)
 
 
 def added_positions(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype) -> Tensor | None:

@@ -38,10 +38,24 @@ class Block(nn.Module):
         path: str | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """`x [T, D]` -> `[T, D]`, and what the gate decided where there is one."""
-        x = x + self.attn(self.attn_norm(x), angles, packing, cache, path)
-        y = self.ffn(self.ffn_norm(x))
-        y, routing = y if isinstance(y, tuple) else (y, None)
+        x, y, routing = self.parts(x, self.attn_norm(x), angles, packing, cache, path)
         return x + y, routing
+
+    def parts(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        angles: Rotary | None,
+        packing: Packing,
+        cache: dict[str, Tensor] | None = None,
+        path: str | None = None,
+    ) -> tuple[Tensor, Tensor, Routing | None]:
+        """The stream after attention, what is yet to be added to it, and what the gate decided; `normed` is
+        `attn_norm(x)`."""
+        x, normed = self.ffn_norm.of_sum(x, self.attn(normed, angles, packing, cache, path))
+        y = self.ffn(normed)
+        y, routing = y if isinstance(y, tuple) else (y, None)
+        return x, y, routing
 
 
 class Hidden(NamedTuple):
@@ -81,12 +95,37 @@ class Transformer(nn.Module):
     def hidden(self, tokens: Tensor, packing: Packing, cache: Cache | None = None, path: str | None = None) -> Hidden:
         """All but the head. With a cache, writes what the tokens leave behind and attends to what stands there."""
         x, angles = self.enter(tokens, packing), rotary(self.config, packing.positions)
+        if cache is not None:
+            return self.hidden_cached(x, angles, packing, cache, path)
         routings = []
-        for l, layer in enumerate(self.layers):
-            x, routing = layer(x, angles, packing, cache.layers[l] if cache else None, path)
+        for layer in self.layers:
+            x, routing = layer(x, angles, packing, None, path)
             if routing is not None:
                 routings.append(routing)
         return Hidden(self.norm(x), routings)
+
+    def hidden_cached(
+        self, x: Tensor, angles: Rotary | None, packing: Packing, cache: Cache, path: str | None
+    ) -> Hidden:
+        """The blocks over a cache. What a block adds to the stream is added together with the norm that comes next,
+        the next block's or the last: one pass over memory."""
+        layers = cast(list[Block], list(self.layers))
+        norms = [*(layer.attn_norm for layer in layers), self.norm]
+        normed, routings = norms[0](x), []
+        for layer, following, rows in zip(layers, norms[1:], cache.layers):
+            x, y, routing = layer.parts(x, normed, angles, packing, rows, path)
+            x, normed = following.of_sum(x, y)
+            if routing is not None:
+                routings.append(routing)
+        return Hidden(normed, routings)
+
+    def join(self) -> "Transformer":
+        """For inference: maps that read the same input get their weights one behind the other in memory, and are one
+        product. No number, name or shape changes; where weights are moved afterwards, the maps are separate again."""
+        for module in self.modules():
+            if isinstance(module, LatentAttention | MLP):
+                module.join()
+        return self
 
     def enter(self, tokens: Tensor, packing: Packing) -> Tensor:
         """[T, D]: the embeddings, and positions on top where they are added."""

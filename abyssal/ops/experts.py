@@ -11,8 +11,8 @@ from abyssal.ops.linear import linear
 
 # Up to this many choices of an expert a compiled multiply-and-sum reads the weights faster than products do.
 FEW_CHOICES = 32
-# Up to this many tokens a GPU reads the touched experts' weights faster than grouped products do.
-FEW_TOKENS = 64
+# Up to this many choices a GPU reads the touched experts' weights faster than grouped products do (docs/kernels.md).
+FEW_READ = 960
 
 
 def experts(
@@ -59,16 +59,16 @@ def _chosen(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weig
         return "reference"
     generation = capability(x)[0]
     learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, w3, weights))
-    if generation and not learns and 0 < x.shape[0] <= FEW_TOKENS:
+    if generation and not learns and 0 < indices.numel() <= FEW_READ:
         return "decode"
     return "fused" if generation == 9 and indices.numel() else "grouped"
 
 
-def read_together(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, shared_w1: Tensor) -> bool:
+def read_together(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, shared_w1: Tensor) -> bool:
     """Whether `with_shared` reads routed and shared experts in the same launches: few tokens of bf16 on a GPU, no
     gradient, nothing being compiled."""
     alike = x.dtype == w1.dtype == shared_w1.dtype and shared_w1.shape[0] % w1.shape[1] == 0
-    return alike and not torch.compiler.is_compiling() and _chosen(x, w1, w2, w3, x, x) == "decode"
+    return alike and not torch.compiler.is_compiling() and _chosen(x, w1, w2, w3, indices, x) == "decode"
 
 
 def with_shared(

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from abyssal.ops.device import capability
 
-# Up to this many tokens the logits are a kernel of ours; beyond, a library's product.
+# Beyond this many tokens logits in float32 are a library's product; bf16 has a kernel of ours for any number.
 FEW_TOKENS = 64
 
 
@@ -23,9 +23,9 @@ def gate(
     `n_group` groups, only those of the `topk_group` worthiest are picked: a group is worth its "best two" biased scores
     (V3) or its "best" (V2). Which of equal scores wins is the path's own matter: the kernels pick the lowest expert.
 
-    Paths: "reference" (any device and dtype), "kernel" (Triton: the choice in one kernel, for up to 64 tokens after
-    one for the logits; gradients flow through torch's own operations, float64 excluded). None chooses. Raises
-    ValueError for another path.
+    Paths: "reference" (any device and dtype), "kernel" (Triton: the choice in one kernel, after one for the logits
+    of bf16 or of up to 64 tokens; gradients flow through torch's own operations, float64 excluded). None chooses.
+    Raises ValueError for another path.
     """
     if path is None:
         path = "kernel" if x.dtype != torch.float64 and capability(x) > (0, 0) else "reference"
@@ -35,8 +35,8 @@ def gate(
     if path == "kernel" and not wanted:
         from abyssal.kernels import gate as kernels
 
-        few = x.shape[0] <= FEW_TOKENS
-        pieces = kernels.logits(x, weight) if few else linear(x.float(), weight.float())[None]
+        ours = x.shape[0] <= FEW_TOKENS or x.dtype == weight.dtype == torch.bfloat16
+        pieces = kernels.logits(x.contiguous(), weight) if ours else linear(x.float(), weight.float())[None]
         return kernels.choose(
             pieces, bias, scoring, n_group, topk_group, top_k, norm_topk_prob, scaling, group_worth
         )  # fmt: skip

@@ -7,7 +7,9 @@ products are summed, never concatenated.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from abyssal.ops.device import capability
@@ -21,8 +23,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # table cannot name more cached rows than this (docs/kernels.md).
 FEW_ROWS, FEW_CACHED = 64, 1 << 15
 
-# Contexts are cut in blocks of this many rows: a sequence's rows past its length, within its page, are masked.
-ROUND = 64
+# On a CPU contexts are cut in blocks of this many rows; what lies past a sequence's length is masked. Contexts of up
+# to SHORT rows are rather copied together than attended to one by one.
+ROUND, SHORT = 64, 512
 
 
 def latent_decode(
@@ -36,6 +39,7 @@ def latent_decode(
     scale: float,
     path: str | None = None,
     max_q: int | None = None,
+    alone: bool = False,
 ) -> Tensor:
     """`[T, H, C]`: softmax(scale · (q_latent cᵀ + q_rope k_ropeᵀ)) c, each sequence by itself.
 
@@ -44,14 +48,17 @@ def latent_decode(
     queries are the last tokens of its context, causal among themselves. Sequences without queries cost nothing.
     No sequence brings more than `max_q` queries: a GPU reserves its work by it, None being T.
 
-    Paths: "reference" (products, any device), "flash" (PyTorch's flash attention on a CPU, for contexts of one page
-    each; its kernel takes one query, so that latent and rotary part lie side by side, and one row as key and value),
+    Paths: "reference" (products, any device), "flash" (PyTorch's flash attention on a CPU; its kernel takes one query,
+    so that latent and rotary part lie side by side, and one row as key and value: fastest where a context's pages
+    follow each other),
     "triton" (any NVIDIA GPU), "hopper" (compute capability 9, C = 512 and R = 64 in bf16, rows in bf16 or packed,
     pages of a multiple of 64). None chooses.
+
+    `alone`: a sequence's result is the same, bit by bit, whatever else is in the batch ("reference" and "triton").
     """
     q_rope = q_latent[..., :0] if q_rope is None else q_rope
     return torch.ops.abyssal.latent_decode(
-        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q
+        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q, False, alone
     )[0]  # fmt: skip
 
 
@@ -87,6 +94,7 @@ def _latent_decode(
     path: str | None = None,
     max_q: int | None = None,
     with_lse: bool = False,
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The second result is empty unless asked for: on a CPU it costs a decoding step more than nothing."""
     packed = rows.dtype == torch.uint8
@@ -97,29 +105,36 @@ def _latent_decode(
         )
     where = (rows, cu_q, block_table, context_lens, page_size)
     path = path or _choose(q_latent, q_rope, rows, context_lens, page_size)
-    if path in ("triton", "hopper"):
+    if alone:
+        path = "triton" if path == "hopper" else "reference" if path == "flash" else path
+    if path == "triton":
+        from abyssal.kernels.latent_decode import latent_decode as kernel
+
+        most = q_latent.shape[0] if max_q is None else max_q
+        out, lse = kernel(q_latent, q_rope, *where, most, scale, alone=alone)
+    elif path == "hopper":
         most = q_latent.shape[0] if max_q is None else max_q
         few = most * q_latent.shape[1] <= FEW_ROWS or block_table.numel() * page_size <= FEW_CACHED
-        out, lse = _kernel(path, packed, few)(q_latent, q_rope, *where, most, scale)
+        out, lse = _hopper(packed, few)(q_latent, q_rope, *where, most, scale)
     elif path == "reference":
         out, lse = _reference(q_latent, q_rope, *where, scale)
-    elif path == "flash" and _one_page(rows, context_lens, page_size):
-        lists = cu_q.tolist(), block_table.tolist(), context_lens.tolist()
-        out, lse = _flash_path(q_latent, q_rope, rows, *lists, page_size, scale, with_lse)
+    elif path == "flash" and _plain(q_latent, rows):
+        out, lse = _flash_path(q_latent, q_rope, *where, scale, with_lse)
     else:
         raise ValueError(
-            f"path: expected 'reference', 'triton', 'hopper', or 'flash' for contexts of one page, got {path!r}"
+            f"path: expected 'reference', 'triton', 'hopper', or 'flash' for rows of the queries' dtype on a CPU, "
+            f"got {path!r}"
         )
     return out, lse if with_lse else lse.new_empty(0)
 
 
-def _one_page(rows: Tensor, context_lens: Tensor, page_size: int) -> bool:
-    return rows.dtype != torch.uint8 and max(context_lens.tolist(), default=0) <= page_size
+def _plain(q_latent: Tensor, rows: Tensor) -> bool:
+    return rows.device.type == "cpu" and rows.dtype == q_latent.dtype
 
 
 def _choose(q_latent: Tensor, q_rope: Tensor, rows: Tensor, context_lens: Tensor, page_size: int) -> str:
     if rows.device.type == "cpu":
-        return "flash" if _one_page(rows, context_lens, page_size) else "reference"
+        return "flash" if _plain(q_latent, rows) else "reference"
     generation = capability(rows)
     if generation == (0, 0) or q_latent.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return "reference"
@@ -133,11 +148,7 @@ def _choose(q_latent: Tensor, q_rope: Tensor, rows: Tensor, context_lens: Tensor
     return "triton" if rows.dtype == q_latent.dtype else "reference"
 
 
-def _kernel(path: str, packed: bool, few: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    if path == "triton":
-        from abyssal.kernels.latent_decode import latent_decode
-
-        return latent_decode
+def _hopper(packed: bool, few: bool) -> Callable[..., tuple[Tensor, Tensor]]:
     if packed:
         from abyssal.kernels.latent_decode_fp8 import latent_decode_fp8
 
@@ -176,27 +187,86 @@ def _flash_path(
     q_latent: Tensor,
     q_rope: Tensor,
     rows: Tensor,
-    starts: list[int],
-    tables: list[list[int]],
-    lens: list[int],
+    cu_q: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
     page_size: int,
     scale: float,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
+    """A context whose pages follow each other is read where it lies. Any other is copied together first: attending
+    to its runs one by one and merging takes as long, and would round otherwise for other pages."""
     out, lse = _outputs(q_latent, with_lse)
-    pages = [table[0] if table else 0 for table in tables]
-    q, by_page = torch.cat((q_latent, q_rope), -1), rows.view(-1, page_size, rows.shape[1])
-    together = _alike(starts, lens, pages)
-    for first, last in [(0, len(lens))] if together else [(s, s + 1) for s in range(len(lens))]:
-        q0, q1 = starts[first], starts[last]
-        if q0 < q1:
-            contexts = by_page[pages[first] : pages[first] + last - first]
-            queries = q[q0:q1].unflatten(0, (last - first, -1))
-            found, sums = _flashed(queries, contexts, lens[first:last], q_latent.shape[-1], scale, with_lse)
-            out[q0:q1] = found.flatten(0, 1)
-            if with_lse:
-                lse[q0:q1] = sums.flatten(0, 1)
+    starts, lens, tables = cu_q.tolist(), context_lens.tolist(), block_table.numpy()
+    q, rank = torch.cat((q_latent, q_rope), -1), q_latent.shape[-1]
+    live = [s for s, length in enumerate(lens) if starts[s] < starts[s + 1] and length]
+    if any(starts[s] < starts[s + 1] and not lens[s] for s in range(len(lens))):
+        out.zero_()  # nothing to attend to
+        lse.fill_(float("-inf"))
+
+    def attend(group: list[int], contexts: Tensor, parts: int, owned: int) -> bool:
+        """`owned` rows of each context are surely its own. False if another's rows were no numbers, which weights
+        of 0 don't hide."""
+        q0, q1 = starts[group[0]], starts[group[-1] + 1]
+        queries = q[q0:q1].unflatten(0, (len(group), -1))
+        found, sums = _flashed(queries, contexts, parts, [lens[s] for s in group], rank, scale, with_lse)
+        if contexts.shape[1] > owned and not bool(found.isfinite().all()):
+            return False
+        out[q0:q1] = found.flatten(0, 1)
+        if with_lse:
+            lse[q0:q1] = sums.flatten(0, 1)
+        return True
+
+    if len(live) > 1 and _alike([starts[s + 1] - starts[s] for s in live], [lens[s] for s in live]):
+        own, t = [lens[s] for s in live], starts[live[0] + 1] - starts[live[0]]
+        parts, length = _parts(len(live), max(own), min(own) + 1 - t)
+        together = _together(rows, tables[live], own, page_size, parts * length)
+        if together is not None and attend(live, together[0], parts, together[1]):
+            return out, lse
+    for s in live:
+        pages = tables[s, : -(-lens[s] // page_size)]
+        parts, length = _parts(1, lens[s], lens[s] + 1 - (starts[s + 1] - starts[s]))
+        first, read, owned = int(pages[0]) * page_size, parts * length, len(pages) * page_size
+        fits = (np.diff(pages) == 1).all() and first + read <= rows.shape[0]
+        if not (fits and attend([s], rows[None, first : first + read], parts, owned)):
+            attend([s], _copied(rows, pages[None], page_size, read), parts, read)
     return out, lse
+
+
+def _alike(queries: list[int], lens: list[int]) -> bool:
+    """Whether one call can serve all: equally many queries, and little to mask."""
+    return len(set(queries)) == 1 and max(lens) * len(lens) <= 2 * sum(lens)
+
+
+def _together(
+    rows: Tensor, tables: NDArray[np.int32], lens: list[int], page_size: int, read: int
+) -> tuple[Tensor, int] | None:  # fmt: skip
+    """Several contexts as one `[S, read, W]`, and how many rows of each are surely its own: where they lie, if each
+    is one run and these are equally far from each other; a copy, if they are short; else None."""
+    counts = np.array([-(-length // page_size) for length in lens])
+    column = np.arange(counts.max())
+    tables = tables[:, : counts.max()]
+    first, within = tables[:, 0].astype(np.int64), column < counts[:, None]
+    steps = np.diff(first)
+    runs = ((tables == first[:, None] + column) | ~within).all() and int(first[-1]) * page_size + read <= rows.shape[0]
+    if runs and steps[0] >= 0 and (steps == steps[0]).all():
+        size, place = rows.stride(0), rows.storage_offset() + int(first[0]) * page_size * rows.stride(0)
+        strides = (int(steps[0]) * page_size * size, size, rows.stride(1))
+        return rows.as_strided((len(lens), read, rows.shape[1]), strides, place), int(counts.min()) * page_size
+    if max(lens) > SHORT:
+        return None
+    # In the place of a page that a shorter context lacks stands its last.
+    pages = np.take_along_axis(tables, np.minimum(column, counts[:, None] - 1), 1)
+    return _copied(rows, pages, page_size, read), read
+
+
+def _copied(rows: Tensor, pages: NDArray[np.int32], page_size: int, read: int) -> Tensor:
+    """`pages [S, P]` -> `[S, read, W]`; where that is more than the pages have, the last one is there again."""
+    over = max(-(-read // page_size) - pages.shape[1], 0)
+    pages = np.concatenate((pages, np.repeat(pages[:, -1:], over, 1)), 1)
+    by_page = rows.view(-1, page_size, rows.shape[1])
+    contexts = by_page.index_select(0, torch.from_numpy(pages.ravel().astype(np.int64)))
+    return contexts.view(len(pages), -1, rows.shape[1])[:, :read]
 
 
 def _outputs(q_latent: Tensor, with_lse: bool = True) -> tuple[Tensor, Tensor]:
@@ -216,28 +286,26 @@ def _products(q_latent: Tensor, q_rope: Tensor, context: Tensor, scale: float) -
     return scores.softmax(-1).to(context.dtype) @ latent, scores.logsumexp(-1)
 
 
-def _alike(starts: list[int], lens: list[int], pages: list[int]) -> bool:
-    """Whether one call can serve all: equally many queries, pages in a row, and little to mask."""
-    queries = {q1 - q0 for q0, q1 in zip(starts, starts[1:])}
-    in_a_row = pages == list(range(pages[0], pages[0] + len(pages))) if pages else False
-    return len(queries) == 1 and in_a_row and max(lens) * len(lens) <= 2 * sum(lens)
+def _parts(S: int, most: int, least: int) -> tuple[int, int]:
+    """Into how many parts each of S contexts of up to `most` rows is cut, and the rows of a part. The kernel runs a
+    thread a sequence and head: a lone sequence is cut for each to have one. No query, which sees `least` rows or
+    more, has a part of which it sees nothing: there the kernel has no log-sum-exp."""
+    parts = max(min(torch.get_num_threads() // S, most // (2 * ROUND)), 1)
+    length = -(-most // (ROUND * parts)) * ROUND
+    parts = -(-most // length)
+    return (parts, length) if length * (parts - 1) < least else (1, -(-most // ROUND) * ROUND)
 
 
 def _flashed(
-    q: Tensor, contexts: Tensor, lens: list[int], rank: int, scale: float, with_lse: bool
+    q: Tensor, contexts: Tensor, parts: int, lens: list[int], rank: int, scale: float, with_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`q [S, t, H, C + R]`, `contexts [S, page_size, C + R]` with `lens` rows each -> `[S, t, H, C]`, `[S, t, H]`.
+    """`q [S, t, H, C + R]`, `contexts [S, rows, C + R]` of which `lens` count -> `[S, t, H, C]`, `[S, t, H]`.
 
-    The kernel runs a thread a sequence and head. Heads, which share the rows, are laid out as queries of one head;
-    a lone sequence's context is split into as many parts as there are threads, merged by their log-sum-exps.
+    Heads, which share the rows, are laid out as queries of one head; parts are merged by their log-sum-exps.
     """
     S, t, H, W = q.shape
-    most, page_size = max(lens), contexts.shape[1]
-    parts = max(min(torch.get_num_threads() // S, most // (2 * ROUND)), 1)
-    length = -(-most // (ROUND * parts)) * ROUND
-    if length * parts > page_size:
-        parts, length = 1, min(length * parts, page_size)
-    keys = contexts[:, : length * parts].unflatten(1, (parts, length))
+    length = contexts.shape[1] // parts
+    keys = contexts.unflatten(1, (parts, length))
     queries = q.reshape(S, 1, t * H, W).expand(S, parts, t * H, W)
     mask = None
     if t > 1 or min(lens) < length * parts:
@@ -266,6 +334,7 @@ def _fake(
     path: str | None = None,
     max_q: int | None = None,
     with_lse: bool = False,
+    alone: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return _outputs(q_latent, with_lse)
 
@@ -275,7 +344,8 @@ def _fake(
 torch.library.define(
     "abyssal::latent_decode",
     "(Tensor q_latent, Tensor q_rope, Tensor rows, Tensor cu_q, Tensor block_table, Tensor context_lens, "
-    "int page_size, float scale, str? path=None, SymInt? max_q=None, bool with_lse=False) -> (Tensor, Tensor)",
+    "int page_size, float scale, str? path=None, SymInt? max_q=None, bool with_lse=False, "
+    "bool alone=False) -> (Tensor, Tensor)",
 )
 torch.library.impl("abyssal::latent_decode", "CompositeExplicitAutograd", _latent_decode)
 torch.library.register_fake("abyssal::latent_decode", _fake)

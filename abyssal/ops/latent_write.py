@@ -16,7 +16,7 @@ def latent_write(
     cos: Tensor | None,
     sin: Tensor | None,
     rows: Tensor,
-    slots: Tensor,
+    slots: Tensor | None,
     q: Tensor | None = None,
     path: str | None = None,
 ) -> None:
@@ -24,7 +24,8 @@ def latent_write(
 
     `kv [T, C + R]`: a token's latent and rotary key as projected; `norm_weight [C]`; `cos`, `sin` `[T, R/2]`, None
     where R is 0. `rows [n, C + R]` of kv's dtype, or uint8 rows of `latent_rows.pack_rows`; `slots [T]` int64, all
-    different. With `q [T, H, N + R]` the last R of every head are rotated where they lie.
+    different, or None: token t's row is row t. With `q [T, H, N + R]` the last R of every head are rotated where they
+    lie.
 
     Rounds where `rms_norm` and `rotate` round. Paths: "reference", "triton"; None chooses.
     """
@@ -40,7 +41,7 @@ def _latent_write(
     cos: Tensor | None,
     sin: Tensor | None,
     rows: Tensor,
-    slots: Tensor,
+    slots: Tensor | None,
     q: Tensor | None = None,
     path: str | None = None,
 ) -> None:
@@ -58,7 +59,11 @@ def _latent_write(
             if q is not None:
                 q[..., -R:] = rotate(q[..., -R:], cos, sin)
         packed = rows.dtype == torch.uint8
-        rows.index_copy_(0, slots, pack_rows(latent, k_rope) if packed else torch.cat((latent, k_rope), -1))
+        left = pack_rows(latent, k_rope) if packed else torch.cat((latent, k_rope), -1)
+        if slots is None:
+            rows[: left.shape[0]] = left
+        else:
+            rows.index_copy_(0, slots, left)
     else:
         raise ValueError(f"path: expected 'reference' or 'triton', got {path!r}")
 
@@ -75,7 +80,7 @@ def _choose(kv: Tensor, rows: Tensor) -> str:
 # Opaque to torch.compile, which is told what it changes.
 torch.library.define(
     "abyssal::latent_write",
-    "(Tensor kv, Tensor norm_weight, float eps, Tensor? cos, Tensor? sin, Tensor(a!) rows, Tensor slots, "
+    "(Tensor kv, Tensor norm_weight, float eps, Tensor? cos, Tensor? sin, Tensor(a!) rows, Tensor? slots, "
     "Tensor(b!)? q=None, str? path=None) -> ()",
 )
 torch.library.impl("abyssal::latent_write", "CompositeExplicitAutograd", _latent_write)

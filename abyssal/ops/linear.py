@@ -1,5 +1,7 @@
 """y = x Wᵀ for a few rows or many."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,25 @@ def per_head(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
         return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (weight.to(wide)[None] * x.to(wide)[:, :, None]).sum(-1).to(x.dtype)
+
+
+def adjoin(weights: Sequence[torch.nn.Parameter]) -> None:
+    """Lays weights of the same number of columns one behind the other in memory: each becomes a view of one storage,
+    with the same numbers, name and shape. For inference, where nothing moves them afterwards."""
+    joined = torch.cat([w.data for w in weights])
+    for w, part in zip(weights, joined.split([w.shape[0] for w in weights])):
+        w.data = part
+
+
+def adjoining(weights: Sequence[Tensor]) -> Tensor | None:
+    """The weights `[out, in]` as one `[sum of outs, in]`, a view, where they lie one behind the other (`adjoin`) and
+    no gradient may be asked for; None otherwise. Reads no value: only where tensors lie."""
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(w.requires_grad for w in weights)):
+        return None
+    first, at, columns = weights[0], weights[0].data_ptr(), weights[0].shape[1]
+    for w in weights:
+        alike = w.dtype == first.dtype and w.shape[1] == columns and w.is_contiguous()
+        if not alike or w.data_ptr() != at or w.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return None
+        at += w.numel() * w.element_size()
+    return first.as_strided((sum(w.shape[0] for w in weights), columns), (columns, 1))

@@ -26,7 +26,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, path: str | None = None) -> 
     return normal.to(x.dtype) * weight.to(x.dtype)
 
 
-def _fits(x: Tensor, weight: Tensor) -> bool:
-    asked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, path: str | None = None) -> tuple[Tensor, Tensor]:
+    """x + y, and `rms_norm` of that sum: the stream after a part of a layer, and what the next part reads.
+
+    `x`, `y` `[..., D]` of one dtype. The sum is rounded to it before it is normalised, as by two operations. Paths as
+    in `rms_norm`.
+    """
+    if path is None:
+        path = "triton" if _fits(x, weight, y) and x.dtype == y.dtype else "reference"
+    if path == "triton":
+        from abyssal.kernels.norm import add_norm as kernel
+
+        return kernel(x, y, weight, eps)
+    total = x + y
+    return total, rms_norm(total, weight, eps, path)
+
+
+def _fits(x: Tensor, weight: Tensor, *more: Tensor) -> bool:
+    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *more))
     narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.shape[-1] <= 16384
     return not (asked or torch.compiler.is_compiling()) and narrow and capability(x) > (0, 0)
