@@ -15,7 +15,7 @@ import httpx
 from load_model import Case
 
 MOST_FAILURES = 20  # that are kept in words
-PATIENCE = 120.0  # seconds, from the first 429 until a request counts as lost
+PATIENCE = 300.0  # seconds, from the first 429 until a request counts as lost
 
 
 @dataclass

@@ -7,7 +7,7 @@ python tests/serve/page/screenshots.py http://127.0.0.1:8000
 import argparse
 from pathlib import Path
 
-from conftest import CHROMIUM, QUIET
+from page_browser import CHROMIUM, QUIET
 from playwright.sync_api import sync_playwright
 
 DOCS = Path(__file__).parents[3] / "docs"

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 import pytest
-from conftest import Open
+from page_browser import Open
 from scripted import PAGE, Refuse, Say, Script, inside
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -271,24 +271,26 @@ def test_the_heat_map_is_drawn_and_read_out(open_page: Open, script: Script) -> 
 
 
 def test_the_cache_is_shown_against_mha(open_page: Open, script: Script) -> None:
-    script.answers = [[Say((("x", False),), inside=inside(latent_bytes=2048, mha_bytes=116736))]]
+    script.answers = [[Say((("x", False),), inside=inside(latent_bytes=4096, mha_bytes=20480, pages=1))]]
     page = open_page()
     expect(page.locator("#ratio")).to_have_text("10×")  # a token, before there is an answer
     ask(page, "go")
     answered(page)
-    expect(page.locator("#ratio")).to_have_text("57×")
+    # Of the tokens, not of the page that has room for more.
+    expect(page.locator("#ratio")).to_have_text("10×")
     expect(page.locator("#latent-bytes")).to_have_text("2 KiB")
-    expect(page.locator("#full-bytes")).to_have_text("114 KiB")
+    expect(page.locator("#full-bytes")).to_have_text("20 KiB")
+    expect(page.locator("#cache-note")).to_contain_text("in 1 page of together 4 KiB, 1 of them shared")
 
     def share() -> float:
         latent, full = (page.locator(f"#{bar}-bar").bounding_box()["width"] for bar in ("latent", "full"))
         return float(latent / full)
 
-    assert share() == pytest.approx(1 / 57, abs=0.005)
+    assert share() == pytest.approx(1 / 10, abs=0.005)
     page.click("#log-scale")
     expect(page.locator("#log-scale")).to_have_attribute("aria-pressed", "true")
     page.wait_for_timeout(100)
-    assert share() > 0.2
+    assert share() == pytest.approx(1 / 2, abs=0.01)  # a decade of two
 
 
 def test_the_pool_is_shown(open_page: Open, script: Script) -> None:
@@ -354,7 +356,7 @@ def test_the_page_never_parses_strings_as_markup_or_code() -> None:
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "Function(", "DOMParser"):
         assert word not in source
     assert not re.search(r"<[a-z][^>]*\s(style|on[a-z]+)=", source)  # a policy of hashes alone refuses them
-    assert not re.search(r"(src|href)=\"(?!#)|url\(|@import|https?://", source)  # nothing from outside
+    assert not re.search(r"(src|href)=\"(?!#|data:)|url\(|@import|https?://", source)  # nothing from outside
     assert len(re.findall("<script>", source)) == len(re.findall("<style>", source)) == 1
 
 
