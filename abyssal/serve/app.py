@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from abyssal import __version__
 from abyssal.serve.answers import (
+    ChatChunk,
     ChatCompletion,
     Completion,
     Health,
@@ -53,12 +54,12 @@ def create_app(service: Service, keys: Keys, host: str = "127.0.0.1") -> FastAPI
     )
     limits = service.limits
 
-    @app.post("/v1/completions", **_described(Completion, CompletionRequest, stream=True))
+    @app.post("/v1/completions", **_described(Completion, CompletionRequest, event=Completion))
     async def completions(request: Request) -> Response:
         body = await read(request, CompletionRequest, limits)
         return await complete(service, body, request.state.salt, request)
 
-    @app.post("/v1/chat/completions", **_described(ChatCompletion, ChatRequest, stream=True))
+    @app.post("/v1/chat/completions", **_described(ChatCompletion, ChatRequest, event=ChatChunk))
     async def chat_completions(request: Request) -> Response:
         body = await read(request, ChatRequest, limits)
         return await chat(service, format, body, request.state.salt, request)
@@ -128,15 +129,18 @@ def _tokens(body: TokenizeRequest, service: Service) -> list[int]:
 def _described(
     answer: type[BaseModel] | None,
     asked: type[BaseModel] | None = None,
-    stream: bool = False,
+    event: type[BaseModel] | None = None,
     errors: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What FastAPI is told of a route. Bodies are read by `body.read`, so that their schemas are named here."""
     told: dict[str, Any] = {"responses": _responses((*(_GET if asked is None else _POST), *errors))}
     if answer is not None:
         told["responses"][200] = {"model": answer}
-    if stream:
-        told["responses"][200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+    if event is not None:  # as OpenAPI 3.2 describes streams; the last event's data is [DONE]
+        chunk = {"$ref": f"#/components/schemas/{event.__name__}"}
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}
+        item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
+        told["responses"][200]["content"] = {"text/event-stream": {"itemSchema": item}}
     if asked is not None:
         schema = {"$ref": f"#/components/schemas/{asked.__name__}"}
         told["openapi_extra"] = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
@@ -156,7 +160,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
         found = get_openapi(title=app.title, version=app.version, routes=app.routes)
         template = "#/components/schemas/{model}"
         _, asked = models_json_schema([(model, "validation") for model in _ASKED], ref_template=template)
+        _, chunks = models_json_schema([(ChatChunk, "serialization")], ref_template=template)
         schemas = found.setdefault("components", {}).setdefault("schemas", {})
+        for name, schema in chunks["$defs"].items():
+            schemas.setdefault(name, schema)  # the parts that it shares with whole answers are there
         for name, schema in asked["$defs"].items():
             if schemas.setdefault(name, schema) != schema:
                 raise AssertionError(f"{name}: two schemas of one name")

@@ -1,20 +1,18 @@
 """Tokenizers to serve with: a small one of ours, and DeepSeek-V3's own with its tool tokens."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from fake import FakeEngine
+from fake import Client, FakeEngine
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.serve.app import create_app
 from abyssal.serve.auth import Keys
 from abyssal.serve.limits import Limits
 from abyssal.serve.service import Service
-
-Client = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,11 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Any
+
+import httpx
 
 from abyssal.data.tokenizer import Detokenizer, Tokenizer
 from abyssal.engine.client import AsyncEngine, EngineDead, EngineInfo, QueueFull, RequestStream
@@ -11,6 +14,8 @@ from abyssal.engine.metrics import Metrics
 from abyssal.engine.request import Finish, Inside, Output, Piece, TokenLogprob
 from abyssal.engine.sampling import Sampling
 from abyssal.engine.text import StopWatcher
+
+Client = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 INSIDE = Inside(640, 2560, 1, 0, 0, 50.0, 4, 2, [[3, 1], [2, 2]])
 

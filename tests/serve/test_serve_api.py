@@ -6,8 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import Client
-from fake import FakeEngine
+from fake import Client, FakeEngine
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.serve.limits import Limits
@@ -96,8 +95,9 @@ def test_settings_reach_the_engine(tokenizer: Tokenizer, client: Client) -> None
     engine = FakeEngine(tokenizer)
     body = {
         "prompt": "abc", "max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "seed": 7,
-        "stop": ["x", "y"], "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.5, "ignore_eos": True,
-        "logit_bias": {"65": -100}, "speculate": False, "priority": -3, "deadline": 2.5, "inspect": True,
+        "stop": ["x", "y"], "presence_penalty": 1, "frequency_penalty": -1, "repetition_penalty": 1.5,
+        "ignore_eos": True, "logit_bias": {"65": -100}, "speculate": False, "priority": -3, "deadline": 2.5,
+        "inspect": True,
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer"}}},
     }  # fmt: skip
     answer(engine, client, COMPLETE, body, keys=(), limits=Limits())

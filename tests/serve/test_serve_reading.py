@@ -13,7 +13,10 @@ FENCED = (
     f"Let me look.{CALLS_BEGIN}{CALL_BEGIN}function{SEPARATOR}weather\n```json\n"
     f'{{"city": "Pa`ris"}}\n```{CALL_END}\n{CALL_BEGIN}function{SEPARATOR}time\n```json\n{{}}\n```{CALL_END}{CALLS_END}'
 )
-BARE = f'{CALLS_BEGIN}{CALL_BEGIN}weather{SEPARATOR}{{"city": "Paris"}}{CALL_END}{CALL_BEGIN}time{SEPARATOR}{{}}{CALL_END}{CALLS_END}'
+BARE = (
+    f'{CALLS_BEGIN}{CALL_BEGIN}weather{SEPARATOR}{{"city": "Paris"}}{CALL_END}'
+    f"{CALL_BEGIN}time{SEPARATOR}{{}}{CALL_END}{CALLS_END}"
+)
 
 
 def cuts(text: str) -> st.SearchStrategy[list[str]]:
