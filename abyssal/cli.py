@@ -215,8 +215,9 @@ def serve(
     )
     limits = Limits().changed(limit or ())
     code = serve(settings, name, Address(host, port, Keys.find(api_key_file), insecure), limits, drain)
-    if code:
-        raise typer.Exit(code)
+    if code:  # at once: a supervisor waits to start another, and tearing an interpreter down takes its time
+        sys.stderr.flush()
+        os._exit(code)
 
 
 @bench.command("ops")
@@ -262,6 +263,23 @@ def bench_whole_engine(
     gpu = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
     name = model or ("deepseek-v2-lite" if gpu else "tiny")
     bench_engine(name, device, folder, batch, only, startup, peer, json_file, picture)
+
+
+@bench.command("speculation")
+def bench_drafts(
+    model: Model,
+    device: Device = "cpu",
+    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
+    drafts: Annotated[str, typer.Option(help="Tokens to draft a step, with commas.")] = "1,2",
+    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 256,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the decoding step.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
+) -> None:
+    """Time decoding with and without drafts of the MTP modules, on a trained model."""
+    from abyssal.bench.speculation import bench_speculation
+
+    sizes, counts = ([int(n) for n in text.split(",")] for text in (batch, drafts))
+    bench_speculation(Path(_model_folder(model)), device, sizes, counts, tokens, compiled, json_file)
 
 
 def _ask(mark: str) -> str:

@@ -1,6 +1,9 @@
 """Bodies are JSON by the standard, and requests are what they say they are."""
 
 import json
+import re
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,3 +132,9 @@ def test_keys() -> None:
 )  # fmt: skip
 def test_names_that_a_page_could_point_here_are_not_answered(header: str | None, may: bool) -> None:
     assert may_be_called(header, "box") is may
+
+
+def test_the_document_lists_every_limit_with_its_default() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    listed = dict(re.findall(r"^\| `(\w+)` \| ([\d.]+) \|", text, re.MULTILINE))
+    assert {name: float(value) for name, value in listed.items()} == asdict(Limits())
