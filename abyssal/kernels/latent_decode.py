@@ -15,8 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from abyssal.kernels.gate import dependent
+
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
+TOGETHER = 64  # up to so many queries times heads are merged and taken out of the latent space by one launch
 ALONE = 32  # ranges a sequence is split into at most, where they may depend on its own length alone
 
 # 2^120: what bf16's wider exponent takes from an e4m3 number whose bits are moved into place.
@@ -184,14 +187,14 @@ def _attend(
         s += 1
 
 
-@triton.jit(do_not_specialize=["S", "P"])
-def _merge(
-    cu_q, context_lens, out, lse, part, part_lse, S, P,
-    H: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr,
+@triton.jit
+def _parts(
+    cu_q, context_lens, t, h, S, P,
+    H: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One query of one head and BC columns a program, where a sequence's tiles lay in more than one range."""
-    t, h = tl.program_id(0) // H, tl.program_id(0) % H
+    """Of query t and head h: its row among its sequence's, and the first and last range that its sequence lies in,
+    counted within the sequence where ranges are its own; `base`: what its own ranges begin at."""
     i = tl.arange(0, S_PAD)
     s = tl.sum(((tl.load(cu_q + i + 1, mask=i < S, other=2**31 - 1) <= t) & (i < S)).to(tl.int32))
     row = (t - tl.load(cu_q + s)) * H + h
@@ -203,28 +206,109 @@ def _merge(
         chunk = tl.maximum((tl.sum(n) + P - 1) // P, 1)
         begin = tl.sum(tl.where(i < s, n, 0))
         first, last = begin // chunk, (begin + tl.sum(tl.where(i == s, n, 0)) - 1) // chunk
+    return row, first, last, s * SPLITS
+
+
+@triton.jit
+def _place(p, first, row, base, BLOCKS: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
+    """Where range p left a row of its part."""
+    slot = base + p if SPLITS > 0 else 2 * p + (p == first).to(tl.int32)
+    return slot.to(tl.int64) * (BLOCKS * BM) + row
+
+
+@triton.jit
+def _merged(
+    part, part_lse, row, first, last, base, c,
+    C: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, P_PAD: tl.constexpr, BC: tl.constexpr,
+    BP: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Columns c of a row, its parts added in their order, and the logarithm of the softmax's denominator to base 2."""
+    p = tl.arange(0, P_PAD)
+    place = _place(p, first, row, base, BLOCKS, BM, SPLITS)
+    sums = tl.load(part_lse + place, mask=(p >= first) & (p <= last), other=float("-inf"))
+    top = tl.max(sums)
+    weight = tl.sum(tl.exp2(sums - top))
+    acc = tl.zeros([BC], part.dtype.element_ty)
+    for k in tl.range(first, last + 1, BP):
+        some = k + tl.arange(0, BP)
+        at = _place(some, first, row, base, BLOCKS, BM, SPLITS)
+        share = tl.exp2(tl.load(part_lse + at, mask=some <= last, other=float("-inf")) - top)
+        values = tl.load(
+            part + at[:, None] * C + c[None, :], mask=(some <= last)[:, None] & (c < C)[None, :], other=0.0
+        )
+        acc += tl.sum(values * share[:, None], 0)
+    return acc / weight, top + tl.log2(weight)
+
+
+@triton.jit(do_not_specialize=["S", "P"])
+def _merge(
+    cu_q, context_lens, out, lse, part, part_lse, S, P,
+    H: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr, TELL: tl.constexpr,
+):  # fmt: skip
+    """One query of one head and BC columns a program, where a sequence's tiles lay in more than one range."""
+    if TELL:
+        tl.extra.cuda.gdc_launch_dependents()
+    t, h = tl.program_id(0) // H, tl.program_id(0) % H
+    row, first, last, base = _parts(cu_q, context_lens, t, h, S, P, H, S_PAD, BLOCKS, BM, BN, SPLITS)
     if first < last:
-        p = tl.arange(0, P_PAD)
-        mine = (p >= first) & (p <= last)
-        place = (s * SPLITS + p if SPLITS > 0 else 2 * p + (p == first).to(tl.int32)) * (BLOCKS * BM) + row
-        sums = tl.load(part_lse + place, mask=mine, other=float("-inf"))
-        top = tl.max(sums)
-        weight = tl.sum(tl.exp2(sums - top))
         c = tl.program_id(1) * BC + tl.arange(0, BC)
-        acc = tl.zeros([BC], part.dtype.element_ty)
-        for k in tl.range(first, last + 1, BP):
-            some = k + tl.arange(0, BP)
-            at = s * SPLITS + some if SPLITS > 0 else 2 * some + (some == first).to(tl.int32)
-            at = at.to(tl.int64) * (BLOCKS * BM) + row
-            share = tl.exp2(tl.load(part_lse + at, mask=some <= last, other=float("-inf")) - top)
-            values = tl.load(
-                part + at[:, None] * C + c[None, :], mask=(some <= last)[:, None] & (c < C)[None, :], other=0.0
-            )
-            acc += tl.sum(values * share[:, None], 0)
+        acc, sums = _merged(part, part_lse, row, first, last, base, c, C, BLOCKS, BM, P_PAD, BC, BP, SPLITS)
         where = (t.to(tl.int64) * H + h) * C + c
-        tl.store(out + where, (acc / weight).to(out.dtype.element_ty), mask=c < C)
+        tl.store(out + where, acc.to(out.dtype.element_ty), mask=c < C)
         if tl.program_id(1) == 0:
-            tl.store(lse + t * H + h, (top + tl.log2(weight)) * LN2)
+            tl.store(lse + t * H + h, sums * LN2)
+
+
+@triton.jit(do_not_specialize=["S", "P"])
+def _merge_values(
+    cu_q, context_lens, out, lse, part, part_lse, w_uv, y, S, P, stride_h, stride_v,
+    H: tl.constexpr, C: tl.constexpr, V: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, P_PAD: tl.constexpr, CP: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One query of one head, merged, and BV of its values: W_UV times the merged row, which is rounded as `_merge`
+    rounds it."""
+    t, h = tl.program_id(0) // H, tl.program_id(0) % H
+    v, c = tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, CP)
+    w = tl.load(
+        w_uv + h.to(tl.int64) * stride_h + v[:, None] * stride_v + c[None, :],
+        mask=(v < V)[:, None] & (c < C)[None, :], other=0.0,
+    )  # fmt: skip
+    row, first, last, base = _parts(cu_q, context_lens, t, h, S, P, H, S_PAD, BLOCKS, BM, BN, SPLITS)
+    where = t.to(tl.int64) * H + h
+    if first < last:
+        acc, sums = _merged(part, part_lse, row, first, last, base, c, C, BLOCKS, BM, P_PAD, CP, BP, SPLITS)
+        if tl.program_id(1) == 0:
+            tl.store(lse + where, sums * LN2)
+    else:
+        acc = tl.load(out + where * C + c, mask=c < C, other=0.0).to(part.dtype.element_ty)
+    acc = acc.to(out.dtype.element_ty).to(tl.float32)
+    total = tl.sum(w.to(tl.float32) * acc[None, :], 1)
+    tl.store(y + where * V + v, total.to(y.dtype.element_ty), mask=v < V)
+
+
+@triton.jit(do_not_specialize=["T"])
+def _values(
+    x, w_uv, y, T, stride_h, stride_v,
+    H: tl.constexpr, C: tl.constexpr, V: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """BT tokens of one head and BV of their values. W_UV is asked for before the launch before is waited for."""
+    h, v, c = tl.program_id(0), tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, CP)
+    t = tl.program_id(2) * BT + tl.arange(0, BT)
+    w = tl.load(
+        w_uv + h.to(tl.int64) * stride_h + v[None, :] * stride_v + c[:, None],
+        mask=(v < V)[None, :] & (c < C)[:, None], other=0.0,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    place = t.to(tl.int64) * H + h
+    rows = tl.load(x + place[:, None] * C + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0.0)
+    total = tl.dot(rows, w, input_precision="ieee")
+    tl.store(
+        y + place[:, None] * V + v[None, :], total.to(y.dtype.element_ty), mask=(t < T)[:, None] & (v < V)[None, :]
+    )
 
 
 def latent_decode(
@@ -239,12 +323,14 @@ def latent_decode(
     scale: float,
     tiling: dict[str, int] | None = None,
     alone: bool = False,
+    w_uv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, C]` in q_latent's dtype and the log-sum-exps `[T, H]` float32; arguments as the operation's.
 
     `rows` are of q_latent's dtype or uint8, packed e4m3 (`ops/latent_rows.py`). No sequence brings more than `max_q`
     queries. `alone`: a sequence is split by its own length, whatever else is in the batch, so that its results are
-    the same bits beside any others. `tiling` overrides BM, BN, STAGES, warps, fill (programs a multiprocessor).
+    the same bits beside any others. With `w_uv [H, V, C]` the result is `[T, H, V]`, taken out of the latent space.
+    `tiling` overrides BM, BN, STAGES, warps, fill (programs a multiprocessor).
     """
     T, H, C = q_latent.shape
     R, S = q_rope.shape[-1], context_lens.shape[0]
@@ -253,7 +339,7 @@ def latent_decode(
     wide = torch.promote_types(q_latent.dtype, torch.float32)
     lse = torch.empty(T, H, dtype=wide, device=q_latent.device)
     if not (T and S and H):
-        return out, lse
+        return out if w_uv is None else values(out, w_uv), lse
     use = _tiling(q_latent.dtype, fp8, H * max_q, q_latent.device) | (tiling or {})
     BM, BN = use["BM"], use["BN"]
     blocks = triton.cdiv(max_q * H, BM)
@@ -277,27 +363,58 @@ def latent_decode(
         H=H, C=C, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, BN=BN,
         SPLITS=splits,
     )  # fmt: skip
-    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, BN, splits)
-    return out, lse
+    return merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, BN, splits, w_uv), lse
 
 
 def merge(
     cu_q: Tensor, context_lens: Tensor, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor,
-    P: int, blocks: int, BM: int, BN: int, splits: int = 0,
-) -> None:  # fmt: skip
+    P: int, blocks: int, BM: int, BN: int, splits: int = 0, w_uv: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Fills `out` and `lse` where a sequence's tiles lay in several of the P ranges, of which each sequence has
-    `splits` of its own where that is not 0."""
+    `splits` of its own where that is not 0. Returns `out`, or with `w_uv` its values `[T, H, V]`; `out` may then be
+    left as it was."""
     T, H, C = out.shape
     S = context_lens.shape[0]
+    same = {
+        "H": H, "C": C, "S_PAD": max(triton.next_power_of_2(S), 128), "BLOCKS": blocks, "BM": BM, "BN": BN,
+        "P_PAD": triton.next_power_of_2(splits or P), "SPLITS": splits,
+    }  # fmt: skip
+    if w_uv is not None and T * H <= TOGETHER:
+        V, (w_uv, stride_h, stride_v) = w_uv.shape[1], _strided(w_uv)
+        y = torch.empty(T, H, V, dtype=out.dtype, device=out.device)
+        _merge_values[(T * H, triton.cdiv(V, 16))](
+            cu_q, context_lens, out, lse, part, part_lse, w_uv, y, S, P, stride_h, stride_v,
+            V=V, CP=triton.next_power_of_2(C), BP=8, BV=16, num_warps=8, **same,
+        )  # fmt: skip
+        return y
     # Few rows are cut finely, to be merged by many programs; of many, most have nothing to merge and should cost
     # little.
     columns, at_once = (64, 32) if T * H <= 256 else (512, 8)
     columns = min(triton.next_power_of_2(C), columns)
     _merge[(T * H, triton.cdiv(C, columns))](
         cu_q, context_lens, out, lse, part, part_lse, S, P,
-        H=H, C=C, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, BN=BN,
-        P_PAD=triton.next_power_of_2(splits or P), BC=columns, BP=at_once, SPLITS=splits, num_warps=4,
+        BC=columns, BP=at_once, TELL=w_uv is not None and dependent(out), num_warps=4, **same,
     )  # fmt: skip
+    return out if w_uv is None else values(out, w_uv)
+
+
+def values(out: Tensor, w_uv: Tensor) -> Tensor:
+    """`[T, H, C]`, contiguous, and `w_uv [H, V, C]` -> `[T, H, V]`: a product a head."""
+    (T, H, C), V = out.shape, w_uv.shape[1]
+    y = torch.empty(T, H, V, dtype=out.dtype, device=out.device)
+    if T:
+        w_uv, stride_h, stride_v = _strided(w_uv)
+        BT, BV, pdl = min(max(triton.next_power_of_2(T), 16), 32), 16, dependent(out)
+        _values[(H, triton.cdiv(V, BV), triton.cdiv(T, BT))](
+            out, w_uv, y, T, stride_h, stride_v, H=H, C=C, V=V, CP=max(triton.next_power_of_2(C), 16), BT=BT, BV=BV,
+            PDL=pdl, num_warps=4, launch_pdl=pdl,
+        )  # fmt: skip
+    return y
+
+
+def _strided(w: Tensor) -> tuple[Tensor, int, int]:
+    w = w if w.stride(2) == 1 else w.contiguous()
+    return w, w.stride(0), w.stride(1)
 
 
 def processors(device: torch.device) -> int:

@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from abyssal.kernels.gluon import thread_barrier
-from abyssal.kernels.latent_decode import LOG2E, merge, processors
+from abyssal.kernels.latent_decode import LOG2E, merge, processors, values
 from abyssal.kernels.latent_ranges import BN, range_of, tiles_of
 
 HALF, ROPE = gl.constexpr(256), gl.constexpr(64)
@@ -253,6 +253,7 @@ def latent_decode_few(
     page_size: int,
     max_q: int,
     scale: float,
+    w_uv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `latent_decode.latent_decode`, for bf16 rows of 512 + 64 in pages of a multiple of 64 rows, on compute
     capability 9."""
@@ -261,7 +262,7 @@ def latent_decode_few(
     out = torch.empty(T, H, C, dtype=q_latent.dtype, device=q_latent.device)
     lse = torch.empty(T, H, dtype=torch.float32, device=q_latent.device)
     if not (T and S and H):
-        return out, lse
+        return out if w_uv is None else values(out, w_uv), lse
     BM = 16 if max_q * H <= 16 else 32
     blocks = triton.cdiv(max_q * H, BM)
     P = max(processors(q_latent.device) // blocks, 1)
@@ -276,5 +277,4 @@ def latent_decode_few(
         q_rope.stride(1), scale * LOG2E, H, S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM,
         **SETTINGS[BM], num_warps=4,
     )  # fmt: skip
-    merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64)
-    return out, lse
+    return merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64, w_uv=w_uv), lse

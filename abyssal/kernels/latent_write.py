@@ -4,6 +4,8 @@ A token's first program normalises its latent, rotates its rotary key and writes
 the cache's format; its other programs rotate its queries where they lie. Rounds where the separate operations round.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -32,22 +34,19 @@ def _scale_of(largest):
 
 
 @triton.jit
-def _write(
+def write_token(
     kv, weight, cos, sin, rows, scales, ropes, slots, q,
-    stride_kv, stride_qt, stride_qh, eps, H, first,
+    stride_kv, stride_qt, stride_qh, eps, H, first, t, part,
     C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr,
-    FP8: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+    FP8: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
+    """Token t's row (part 0), or HEADS of its queries, rotated."""
     i, e = tl.arange(0, RP // 2), tl.arange(0, RP)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
     if R > 0:
         c_wide = tl.load(cos + t * (R // 2) + i, mask=i < R // 2, other=0.0).to(tl.float32)[None, :]
         s_wide = tl.load(sin + t * (R // 2) + i, mask=i < R // 2, other=0.0).to(tl.float32)[None, :]
     dtype: tl.constexpr = kv.dtype.element_ty
-    if tl.program_id(1) == 0:
+    if part == 0:
         c = tl.arange(0, CP)
         x = tl.load(kv + t * stride_kv + c, mask=c < C, other=0.0).to(tl.float32)
         x = (x * tl.rsqrt(tl.sum(x * x) / C + eps)).to(dtype).to(tl.float32)
@@ -74,11 +73,55 @@ def _write(
             else:
                 tl.store(rows + slot * W + C + e[None, :], k, mask=(e < R)[None, :])
     elif R > 0:
-        h = (tl.program_id(1) - 1) * HEADS + tl.arange(0, HEADS)
+        h = (part - 1) * HEADS + tl.arange(0, HEADS)
         at = q + t * stride_qt + first + h[:, None] * stride_qh + e[None, :]
         mask = (h < H)[:, None] & (e < R)[None, :]
         pairs = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         tl.store(at, _rotated(pairs, c_wide, s_wide, HEADS, RP).to(q.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _write(
+    kv, weight, cos, sin, rows, scales, ropes, slots, q,
+    stride_kv, stride_qt, stride_qh, eps, H, first,
+    C: tl.constexpr, R: tl.constexpr, W: tl.constexpr, CP: tl.constexpr, RP: tl.constexpr,
+    FP8: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    write_token(
+        kv, weight, cos, sin, rows, scales, ropes, slots, q, stride_kv, stride_qt, stride_qh, eps, H, first,
+        tl.program_id(0).to(tl.int64), tl.program_id(1), C, R, W, CP, RP, FP8, HEADS, SLOTS,
+    )  # fmt: skip
+
+
+class Written(NamedTuple):
+    """What the kernels are told of what is written: views, and widths rounded up to powers of two."""
+
+    kv: Tensor
+    cos: Tensor
+    sin: Tensor
+    scales: Tensor
+    ropes: Tensor
+    slots: Tensor
+    fp8: bool
+    C: int
+    R: int
+    CP: int
+    RP: int
+
+    @staticmethod
+    def of(kv: Tensor, cos: Tensor | None, sin: Tensor | None, rows: Tensor, slots: Tensor | None) -> "Written":
+        R = 0 if cos is None else 2 * cos.shape[1]
+        C, fp8 = kv.shape[1] - R, rows.dtype == torch.uint8
+        kv = kv if kv.stride(1) == 1 else kv.contiguous()
+        return Written(
+            kv, kv if cos is None else cos.contiguous(), kv if sin is None else sin.contiguous(),
+            rows.view(torch.float32) if fp8 else rows, rows.view(torch.bfloat16) if fp8 else rows,
+            kv if slots is None else slots, fp8, C, R,
+            max(triton.next_power_of_2(C), 128 if fp8 else 1), max(triton.next_power_of_2(R), 2),
+        )  # fmt: skip
 
 
 def latent_write(
@@ -92,25 +135,16 @@ def latent_write(
     q: Tensor | None,
 ) -> None:
     """Arguments as the operation's; writes `rows`, and `q` in place."""
-    T = kv.shape[0]
-    R = 0 if cos is None else 2 * cos.shape[1]
-    C = kv.shape[1] - R
+    T, it = kv.shape[0], Written.of(kv, cos, sin, rows, slots)
     if T == 0:
         return
-    fp8 = rows.dtype == torch.uint8
-    kv = kv if kv.stride(1) == 1 else kv.contiguous()
-    if cos is None or sin is None:
-        cos = sin = kv
-    H = 0 if q is None or not R else q.shape[1]
+    H = 0 if q is None or not it.R else q.shape[1]
     if q is None:
-        q = kv
+        q = it.kv
     pdl = dependent(kv)
     _write[(T, 1 + triton.cdiv(H, HEADS))](
-        kv, norm_weight, cos.contiguous(), sin.contiguous(), rows,
-        rows.view(torch.float32) if fp8 else rows, rows.view(torch.bfloat16) if fp8 else rows,
-        kv if slots is None else slots, q,
-        kv.stride(0), q.stride(0), q.stride(1), eps, H, q.shape[-1] - R,
-        C=C, R=R, W=rows.shape[1], CP=max(triton.next_power_of_2(C), 128 if fp8 else 1),
-        RP=max(triton.next_power_of_2(R), 2), FP8=fp8, HEADS=HEADS, SLOTS=slots is not None, PDL=pdl,
-        num_warps=4, launch_pdl=pdl,
+        it.kv, norm_weight, it.cos, it.sin, rows, it.scales, it.ropes, it.slots, q,
+        it.kv.stride(0), q.stride(0), q.stride(1), eps, H, q.shape[-1] - it.R,
+        C=it.C, R=it.R, W=rows.shape[1], CP=it.CP, RP=it.RP, FP8=it.fp8, HEADS=HEADS, SLOTS=slots is not None,
+        PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip

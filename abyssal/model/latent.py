@@ -17,8 +17,7 @@ from abyssal.model.positions import Rotary, rotary
 from abyssal.ops.attention import attention
 from abyssal.ops.latent_decode import latent_decode
 from abyssal.ops.latent_rows import pack_rows, unpack_rows
-from abyssal.ops.latent_write import latent_write
-from abyssal.ops.linear import per_head
+from abyssal.ops.latent_write import absorb, latent_write
 from abyssal.ops.paged import gather_pages
 from abyssal.ops.rotary import rotate
 
@@ -190,20 +189,18 @@ class LatentAttention(nn.Module):
 
     def absorbed(self, x: Tensor, angles: Rotary | None, packing: Packing, rows: Tensor) -> Tensor:
         """[T, H, V], W_UK multiplied into the query and W_UV into what comes out, for inference. The latent is
-        normalised, rotary key and queries are rotated and the row is written by one operation."""
+        normalised, rotary key and queries are rotated, the row is written and W_UK applied by one operation."""
         c = self.config
         assert packing.block_table is not None and packing.context_lens is not None and packing.slots is not None
         q, kv = self.project(x)
-        cos, sin = angles if c.qk_rope_head_dim and angles is not None else (None, None)
-        latent_write(kv, self.kv_norm.weight, LATENT_EPS, cos, sin, rows, packing.slots, q)
-        q_nope, q_rope = q.split((c.qk_nope_head_dim, c.qk_rope_head_dim), -1)
         w_uk, w_uv = self.up_projections(q.dtype)
-        out_latent = latent_decode(
-            per_head(q_nope, w_uk.transpose(1, 2)), q_rope if c.qk_rope_head_dim else None, rows, packing.cu_seqlens,
+        cos, sin = angles if c.qk_rope_head_dim and angles is not None else (None, None)
+        q_latent = absorb(q, w_uk, kv, self.kv_norm.weight, LATENT_EPS, cos, sin, rows, packing.slots)
+        return latent_decode(
+            q_latent, q[..., c.qk_nope_head_dim :] if c.qk_rope_head_dim else None, rows, packing.cu_seqlens,
             packing.block_table, packing.context_lens, packing.page_size, c.softmax_scale, max_q=packing.max_len,
-            alone=packing.alone,
+            alone=packing.alone, w_uv=w_uv,
         )  # fmt: skip
-        return per_head(out_latent, w_uv)
 
 
 def packed_context(rows: Tensor, packing: Packing) -> tuple[Tensor, Tensor, int]:

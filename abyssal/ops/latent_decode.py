@@ -6,6 +6,7 @@ products are summed, never concatenated.
 """
 
 from collections.abc import Callable
+from math import isfinite
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from abyssal.ops.device import capability
 from abyssal.ops.latent_rows import row_bytes, unpack_rows
+from abyssal.ops.linear import per_head
 from abyssal.ops.paged import gather_pages
 
 # PyTorch's flash attention for a CPU, with the log-sum-exp that its public face does not return.
@@ -40,8 +42,10 @@ def latent_decode(
     path: str | None = None,
     max_q: int | None = None,
     alone: bool = False,
+    w_uv: Tensor | None = None,
 ) -> Tensor:
-    """`[T, H, C]`: softmax(scale · (q_latent cᵀ + q_rope k_ropeᵀ)) c, each sequence by itself.
+    """`[T, H, C]`: softmax(scale · (q_latent cᵀ + q_rope k_ropeᵀ)) c, each sequence by itself. With `w_uv [H, V, C]`
+    the result is taken out of the latent space: `[T, H, V]`.
 
     `q_latent [T, H, C]`, `q_rope [T, H, R]` or None; `rows [pages * page_size, C + R]`, the latent first, or uint8
     rows of `latent_rows.pack_rows`; `cu_q [S+1]`, `block_table [S, P]`, `context_lens [S]` int32. A sequence's
@@ -57,9 +61,12 @@ def latent_decode(
     `alone`: a sequence's result is the same, bit by bit, whatever else is in the batch ("reference" and "triton").
     """
     q_rope = q_latent[..., :0] if q_rope is None else q_rope
-    return torch.ops.abyssal.latent_decode(
-        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q, False, alone
+    # On a CPU torch.compile may fuse the product with its neighbours; on a GPU kernels of ours do.
+    inside = w_uv if rows.device.type != "cpu" else None
+    out: Tensor = torch.ops.abyssal.latent_decode(
+        q_latent, q_rope, rows, cu_q, block_table, context_lens, page_size, scale, path, max_q, False, alone, inside
     )[0]  # fmt: skip
+    return per_head(out, w_uv) if w_uv is not None and inside is None else out
 
 
 def latent_decode_lse(
@@ -95,6 +102,7 @@ def _latent_decode(
     max_q: int | None = None,
     with_lse: bool = False,
     alone: bool = False,
+    w_uv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The second result is empty unless asked for: on a CPU it costs a decoding step more than nothing."""
     packed = rows.dtype == torch.uint8
@@ -111,13 +119,14 @@ def _latent_decode(
         from abyssal.kernels.latent_decode import latent_decode as kernel
 
         most = q_latent.shape[0] if max_q is None else max_q
-        out, lse = kernel(q_latent, q_rope, *where, most, scale, alone=alone)
+        out, lse = kernel(q_latent, q_rope, *where, most, scale, alone=alone, w_uv=w_uv)
     elif path == "hopper":
         most = q_latent.shape[0] if max_q is None else max_q
         few = most * q_latent.shape[1] <= FEW_ROWS or block_table.numel() * page_size <= FEW_CACHED
-        out, lse = _hopper(packed, few)(q_latent, q_rope, *where, most, scale)
+        out, lse = _hopper(packed, few)(q_latent, q_rope, *where, most, scale, w_uv)
     elif path == "reference":
         out, lse = _reference(q_latent, q_rope, *where, scale)
+        out = out if w_uv is None else per_head(out, w_uv)
     elif path == "flash" and _plain(q_latent, rows):
         out, lse = _flash_path(q_latent, q_rope, *where, scale, with_lse)
     else:
@@ -198,9 +207,10 @@ def _flash_path(
     to its runs one by one and merging takes as long, and would round otherwise for other pages."""
     out, lse = _outputs(q_latent, with_lse)
     starts, lens, tables = cu_q.tolist(), context_lens.tolist(), block_table.numpy()
-    q, rank = torch.cat((q_latent, q_rope), -1), q_latent.shape[-1]
-    live = [s for s, length in enumerate(lens) if starts[s] < starts[s + 1] and length]
-    if any(starts[s] < starts[s + 1] and not lens[s] for s in range(len(lens))):
+    rank = q_latent.shape[-1]
+    asked = [s for s in range(len(lens)) if starts[s] < starts[s + 1]]
+    live = [s for s in asked if lens[s]]
+    if len(live) < len(asked):
         out.zero_()  # nothing to attend to
         lse.fill_(float("-inf"))
 
@@ -208,9 +218,10 @@ def _flash_path(
         """`owned` rows of each context are surely its own. False if another's rows were no numbers, which weights
         of 0 don't hide."""
         q0, q1 = starts[group[0]], starts[group[-1] + 1]
-        queries = q[q0:q1].unflatten(0, (len(group), -1))
+        # Memory of its own: products round by where their operands lie.
+        queries = torch.cat((q_latent[q0:q1], q_rope[q0:q1]), -1).unflatten(0, (len(group), -1))
         found, sums = _flashed(queries, contexts, parts, [lens[s] for s in group], rank, scale, with_lse)
-        if contexts.shape[1] > owned and not bool(found.isfinite().all()):
+        if contexts.shape[1] > owned and not isfinite(found.sum().item()):
             return False
         out[q0:q1] = found.flatten(0, 1)
         if with_lse:
@@ -220,7 +231,7 @@ def _flash_path(
     if len(live) > 1 and _alike([starts[s + 1] - starts[s] for s in live], [lens[s] for s in live]):
         own, t = [lens[s] for s in live], starts[live[0] + 1] - starts[live[0]]
         parts, length = _parts(len(live), max(own), min(own) + 1 - t)
-        together = _together(rows, tables[live], own, page_size, parts * length)
+        together = _together(rows, tables if len(live) == len(lens) else tables[live], own, page_size, parts * length)
         if together is not None and attend(live, together[0], parts, together[1]):
             return out, lse
     for s in live:
@@ -243,20 +254,21 @@ def _together(
 ) -> tuple[Tensor, int] | None:  # fmt: skip
     """Several contexts as one `[S, read, W]`, and how many rows of each are surely its own: where they lie, if each
     is one run and these are equally far from each other; a copy, if they are short; else None."""
-    counts = np.array([-(-length // page_size) for length in lens])
-    column = np.arange(counts.max())
-    tables = tables[:, : counts.max()]
-    first, within = tables[:, 0].astype(np.int64), column < counts[:, None]
-    steps = np.diff(first)
-    runs = ((tables == first[:, None] + column) | ~within).all() and int(first[-1]) * page_size + read <= rows.shape[0]
-    if runs and steps[0] >= 0 and (steps == steps[0]).all():
-        size, place = rows.stride(0), rows.storage_offset() + int(first[0]) * page_size * rows.stride(0)
-        strides = (int(steps[0]) * page_size * size, size, rows.stride(1))
-        return rows.as_strided((len(lens), read, rows.shape[1]), strides, place), int(counts.min()) * page_size
+    counts, row = [-(-length // page_size) for length in lens], rows.stride(0)
+    tables, column = tables[:, : max(counts)], np.arange(max(counts))
+    first, step = int(tables[0, 0]), int(tables[1, 0]) - int(tables[0, 0])
+    if step >= 0 and (first + step * (len(lens) - 1)) * page_size + read <= rows.shape[0]:
+        as_hoped = tables == first + np.add.outer(step * np.arange(len(lens)), column)
+        if min(counts) < max(counts):
+            as_hoped |= column >= np.array(counts)[:, None]
+        if as_hoped.all():
+            strides, place = (step * page_size * row, row, rows.stride(1)), first * page_size * row
+            contexts = rows.as_strided((len(lens), read, rows.shape[1]), strides, rows.storage_offset() + place)
+            return contexts, min(counts) * page_size
     if max(lens) > SHORT:
         return None
     # In the place of a page that a shorter context lacks stands its last.
-    pages = np.take_along_axis(tables, np.minimum(column, counts[:, None] - 1), 1)
+    pages = np.take_along_axis(tables, np.minimum(column, np.array(counts)[:, None] - 1), 1)
     return _copied(rows, pages, page_size, read), read
 
 
@@ -309,11 +321,11 @@ def _flashed(
     queries = q.reshape(S, 1, t * H, W).expand(S, parts, t * H, W)
     mask = None
     if t > 1 or min(lens) < length * parts:
-        # Query j of t sees all but the t - 1 - j that come after it.
-        seen = torch.tensor(lens).view(-1, 1) - torch.arange(t - 1, -1, -1)
-        hidden = torch.arange(length * parts) >= seen[..., None]  # [S, t, l]
-        mask = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
-        mask = mask.unflatten(-1, (parts, length)).transpose(1, 2).repeat_interleave(H, 2)
+        # Query j of t sees all but the t - 1 - j that come after it. (numpy: small things, many times a step.)
+        seen = np.array(lens)[:, None] - np.arange(t - 1, -1, -1)
+        hidden = np.where(np.arange(length * parts) < seen[..., None], np.float32(0), np.float32("-inf"))  # [S, t, l]
+        mask = torch.from_numpy(hidden).to(q.dtype).view(S, t, parts, 1, length).transpose(1, 2)
+        mask = mask.expand(S, parts, t, H, length).flatten(2, 3)
     out, lse = _flash(queries, keys, keys, 0.0, False, attn_mask=mask, scale=scale)
     out = out[..., :rank]
     if parts > 1:
@@ -335,8 +347,10 @@ def _fake(
     max_q: int | None = None,
     with_lse: bool = False,
     alone: bool = False,
+    w_uv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    return _outputs(q_latent, with_lse)
+    out, lse = _outputs(q_latent, with_lse)
+    return out if w_uv is None else out.new_empty(*out.shape[:2], w_uv.shape[1]), lse
 
 
 # Opaque to torch.compile: the loop over sequences reads their lengths, and a compiled step must not depend on them.
@@ -345,7 +359,7 @@ torch.library.define(
     "abyssal::latent_decode",
     "(Tensor q_latent, Tensor q_rope, Tensor rows, Tensor cu_q, Tensor block_table, Tensor context_lens, "
     "int page_size, float scale, str? path=None, SymInt? max_q=None, bool with_lse=False, "
-    "bool alone=False) -> (Tensor, Tensor)",
+    "bool alone=False, Tensor? w_uv=None) -> (Tensor, Tensor)",
 )
 torch.library.impl("abyssal::latent_decode", "CompositeExplicitAutograd", _latent_decode)
 torch.library.register_fake("abyssal::latent_decode", _fake)

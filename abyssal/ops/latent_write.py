@@ -5,6 +5,7 @@ from torch import Tensor
 
 from abyssal.ops.device import capability
 from abyssal.ops.latent_rows import pack_rows
+from abyssal.ops.linear import per_head
 from abyssal.ops.norm import rms_norm
 from abyssal.ops.rotary import rotate
 
@@ -32,6 +33,26 @@ def latent_write(
     # Where nothing is hidden in a kernel, torch.compile may look inside and fuse it with its neighbours.
     write = _latent_write if kv.device.type == "cpu" else torch.ops.abyssal.latent_write
     write(kv, norm_weight, eps, cos, sin, rows, slots, q, path)
+
+
+def absorb(
+    q: Tensor, w_uk: Tensor, kv: Tensor, norm_weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None,
+    rows: Tensor, slots: Tensor | None, path: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`[T, H, C]`: the queries taken into the latent space, q_nope W_UK, and beside it all that `latent_write` does.
+
+    `q [T, H, N + R]`, of which the last R are rotated where they lie; `w_uk [H, N, C]`. Paths: "reference"
+    (`latent_write` and a product), "triton" (one launch); None chooses.
+    """
+    if path is None:
+        plain = torch.compiler.is_compiling() or torch.is_grad_enabled() or w_uk.dtype != q.dtype
+        path = "reference" if plain else _choose(kv, rows)
+    if path == "triton":
+        from abyssal.kernels.absorb import absorb as kernel
+
+        return kernel(q, w_uk, kv, norm_weight, eps, cos, sin, rows, slots)
+    latent_write(kv, norm_weight, eps, cos, sin, rows, slots, q)
+    return per_head(q[..., : w_uk.shape[1]], w_uk.transpose(1, 2))
 
 
 def _latent_write(

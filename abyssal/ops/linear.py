@@ -5,6 +5,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from abyssal.ops.device import capability
+
+# Up to so many columns a GPU's kernel for one row holds its share of W in registers.
+WIDEST = 4096
+
 # Up to this many rows a CPU is limited by how fast it reads W, and one fused multiply-and-sum over W's rows
 # reads it faster than a matrix product does (docs/benchmarks.md).
 FEW_ROWS = 4
@@ -13,19 +18,31 @@ FEW_ROWS = 4
 def linear(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
     """`x [..., in]`, `weight [out, in]` -> `[..., out]` in x's dtype.
 
-    Paths: "matmul", the library's product; "rowwise", a multiply-and-sum that only pays when compiled. None
-    chooses "rowwise" for up to FEW_ROWS rows in a graph being compiled for a CPU.
+    Paths: "matmul", the library's product; "rowwise", a multiply-and-sum that only pays when compiled; "one row", a
+    kernel for inference on a GPU (Triton). None chooses "rowwise" for up to FEW_ROWS rows in a graph being compiled
+    for a CPU, and "one row" for one in bf16 on Hopper.
     """
     if path is None:
         few = torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
-        path = "rowwise" if few else "matmul"
+        path = "rowwise" if few else "one row" if _is_one_row(x, weight) else "matmul"
     if path == "matmul":
         return torch.nn.functional.linear(x, weight)
+    if path == "one row":
+        from abyssal.kernels.linear_few import linear as kernel
+
+        return kernel(x, weight)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     flat = x.reshape(-1, x.shape[-1])
     # Outputs outside, rows of x inside: each row of W is fetched once and met by every x.
     y = (weight.to(wide)[:, None] * flat.to(wide)[None]).sum(-1)
     return y.T.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _is_one_row(x: Tensor, weight: Tensor) -> bool:
+    one = x.ndim == 2 and x.shape[0] == 1 and x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] <= WIDEST
+    if not one or torch.compiler.is_compiling() or capability(x)[0] != 9 or not weight.is_contiguous():
+        return False
+    return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
 
 def per_head(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:

@@ -116,14 +116,14 @@ def test_a_wrong_name_is_refused() -> None:
 @pytest.mark.parametrize(
     "generation, T, learns, width, expected",
     [
-        (9, 64, False, 16, "decode"),
-        (10, 64, False, 16, "decode"),
-        (9, 65, False, 16, "fused"),
-        (9, 64, True, 16, "fused"),
-        (10, 65, False, 16, "grouped"),
+        (9, 480, False, 16, "decode"),  # 960 choices
+        (10, 480, False, 16, "decode"),
+        (9, 481, False, 16, "fused"),
+        (9, 480, True, 16, "fused"),
+        (10, 481, False, 16, "grouped"),
         (0, 4, False, 16, "grouped"),  # no Triton
         (9, 0, False, 16, "grouped"),
-        (9, 65, False, 12, "reference"),
+        (9, 481, False, 12, "reference"),
     ],
 )
 def test_the_choice_on_a_gpu(monkeypatch, generation, T, learns, width, expected) -> None:
