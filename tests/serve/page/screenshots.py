@@ -19,6 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--seed", default="1")
     parser.add_argument("--chat", action="store_true", help="by the model's chat template")
     parser.add_argument("--out", type=Path, default=DOCS)
     arguments = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> None:
             page.click("#settings summary")
             if not arguments.chat and page.is_visible("#template"):
                 page.uncheck("#template")
-            for name, value in {"temperature": "0", "top_p": "", "max_tokens": "160"}.items():
+            for name, value in {"temperature": "0.5", "max_tokens": "240", "seed": arguments.seed}.items():
                 page.fill(f"#{name}", value)
             page.click("#settings summary")
             page.wait_for_timeout(3000)  # for the engine's line to have a beginning
