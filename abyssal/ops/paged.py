@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,13 +16,15 @@ def gather_pages(rows: Tensor, block_table: Tensor, context_lens: Tensor, page_s
     """Every sequence's rows of one layer's cache, packed: (`[L, W]`, cu_seqlens `[S+1]` int32, longest).
 
     `rows [pages * page_size, W]`, `block_table [S, P]`, `context_lens [S]`. The reference's way to see a cache:
-    it reads the lengths on the host, and copies unless one page holds all.
+    it reads the lengths on the host, and copies unless all is one run of consecutive pages.
     """
-    lens = context_lens.tolist()
+    lens, tables = context_lens.tolist(), block_table.cpu().numpy()
     parts = []
-    for length, pages in zip(lens, block_table.tolist(), strict=True):
-        for start in range(0, length, page_size):
-            first = pages[start // page_size] * page_size
-            parts.append(rows[first : first + min(page_size, length - start)])
+    for length, table in zip(lens, tables, strict=True):
+        pages = table[: -(-length // page_size)]
+        starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)  # where a page doesn't follow the one before it
+        for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(pages)]):
+            first = int(pages[start]) * page_size
+            parts.append(rows[first : first + min(stop * page_size, length) - start * page_size])
     packed = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows[:0]
     return packed, cumulative(lens).to(rows.device), max(lens, default=0)

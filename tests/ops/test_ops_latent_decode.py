@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 import torch._dynamo.testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from abyssal.ops.latent_decode import latent_decode, latent_decode_lse
 from abyssal.ops.paged import cumulative, gather_pages
@@ -106,9 +108,131 @@ def test_the_log_sum_exp_is_the_loop_s(path, queries, contexts) -> None:
         torch.set_num_threads(before)
 
 
-def test_flash_attention_is_refused_over_several_pages() -> None:
-    with pytest.raises(ValueError, match="contexts of one page"):
-        latent_decode(*case([1], [9], 4), "flash")
+def dealt(order: str, contexts: list[int], page_size: int, g: torch.Generator) -> tuple[torch.Tensor, int]:
+    """`[S, P]` pages and how many there are: of each sequence in a row, in a row but unevenly apart, in two runs,
+    all over the place, or shared from the first page on."""
+    counts = [max(-(-length // page_size), 1) for length in contexts]
+    S, P = len(contexts), max(counts)
+    if order == "shuffled":
+        return torch.randperm(S * P, generator=g).view(S, P).int(), S * P
+    row = torch.arange(P)
+    if order == "apart":
+        starts = torch.tensor([s * P + s % 2 for s in range(S)])
+        return (starts[:, None] + row).int(), S * P + 1
+    tables = torch.arange(S)[:, None] * P + row
+    if order == "two runs":
+        tables[:, P // 2 :] += S * P
+    if order == "shared":  # the first half of every table is the first sequence's
+        tables[:, : P // 2 + 1] = tables[0, : P // 2 + 1].clone()
+    if order == "last":  # in a row, the other way round: the first sequence lies at the end of the rows
+        tables = tables.flip(0)
+    return tables.int(), int(tables.max()) + 1
+
+
+ORDERS = ["in a row", "apart", "two runs", "shuffled", "shared", "last"]
+
+
+def paged(order: str, sequences: list[tuple[int, int]], page_size: int, C=8, R=4, H=2, seed=0, dtype=torch.float64):
+    """Sequences of (queries, context), whose pages are dealt as `order` says."""
+    g = torch.Generator().manual_seed(seed)
+    contexts = [length for _, length in sequences]
+    tables, pages = dealt(order, contexts, page_size, g)
+    rows = torch.randn(pages * page_size, C + R, dtype=torch.float64, generator=g).to(dtype)
+    T = sum(t for t, _ in sequences)
+    q_latent, q_rope = (torch.randn(T, H, w, dtype=torch.float64, generator=g).to(dtype) for w in (C, R))
+    lens = torch.tensor(contexts, dtype=torch.int32)
+    return q_latent, q_rope, rows, cumulative([t for t, _ in sequences]), tables, lens, page_size, 0.3
+
+
+lengths = st.sampled_from([0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 511, 513, 700])
+sequence = lengths.flatmap(lambda length: st.tuples(st.integers(0, min(4, length)), st.just(length)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.one_of(
+        st.lists(sequence, min_size=1, max_size=6),
+        st.tuples(lengths.filter(bool), st.integers(1, 6)).map(lambda x: [(1, x[0])] * x[1]),  # one call serves all
+        st.tuples(lengths.filter(lambda x: x > 2), st.integers(2, 4)).map(
+            lambda x: [(3, x[0] + i) for i in range(x[1])]
+        ),
+    ),
+    st.sampled_from(ORDERS),
+    st.sampled_from([64, 128, 3, 16]),
+    st.sampled_from([1, 2, 5]),
+    st.integers(0, 99),
+)
+def test_flash_attention_is_the_reference_over_any_pages(sequences, order, page_size, threads, seed) -> None:
+    args = paged(order, sequences, page_size, seed=seed)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for found, expected in zip(latent_decode_lse(*args, "flash"), latent_decode_lse(*args, "reference")):
+            torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
+        assert torch.equal(latent_decode(*args, "flash"), latent_decode_lse(*args, "flash")[0])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("sequences", [[(1, 70)] * 3, [(1, 700)] * 3, [(2, 130), (1, 700)], [(1, 640), (1, 700)]])
+def test_what_others_hold_is_never_seen(order, threads, sequences) -> None:
+    """Not even where it is no number: a failing request's rows must not spread."""
+    args = paged(order, sequences, 64)
+    rows, tables, lens = args[2], args[4], args[5].tolist()
+    own = {int(p) for s, l in enumerate(lens) for p in tables[s, : -(-l // 64)]}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        expected = latent_decode(*args, "reference")
+        for page in set(range(rows.shape[0] // 64)) - own:
+            rows[page * 64 : page * 64 + 64] = float("nan")
+        torch.testing.assert_close(latent_decode(*args, "flash"), expected)
+        for s in range(len(lens)):  # each in turn alone among rows that are no numbers
+            mine = {int(p) for p in tables[s, : -(-lens[s] // 64)]}
+            poisoned = rows.clone()
+            for page in own - mine:
+                poisoned[page * 64 : page * 64 + 64] = float("nan")
+            found = latent_decode(*args[:2], poisoned, *args[3:], "flash")
+            q0, q1 = args[3][s], args[3][s + 1]
+            torch.testing.assert_close(found[q0:q1], expected[q0:q1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("length", [1, 64, 100, 700])
+def test_where_the_pages_lie_is_no_part_of_the_arithmetic(dtype, threads, length) -> None:
+    """Bit for bit: so a prefix hit or a preemption changes no token."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        q, k, rows, cu, tables, lens, size, scale = paged("in a row", [(1, length)], 64, C=16, R=16, dtype=dtype)
+        expected, P = latent_decode(q, k, rows, cu, tables, lens, size, scale, "flash"), tables.shape[1]
+        for seed in range(4):
+            places = torch.randperm(P + 3, generator=torch.Generator().manual_seed(seed))[None, :P].int()
+            if seed == 3:
+                places = torch.arange(3, P + 3)[None].int()  # up to the end of the rows
+            elsewhere = torch.zeros((P + 3) * size, rows.shape[1], dtype=dtype)
+            elsewhere.view(P + 3, size, -1)[places[0].long()] = rows.view(P, size, -1)[tables[0].long()]
+            assert torch.equal(latent_decode(q, k, elsewhere, cu, places, lens, size, scale, "flash"), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("path", ["flash", "reference"])
+def test_a_query_without_a_context_is_nothing(path) -> None:
+    out, lse = latent_decode_lse(*paged("in a row", [(1, 0), (0, 0), (1, 5)], 64), path)
+    assert torch.equal(out[0], torch.zeros_like(out[0])) and (lse[0] == float("-inf")).all()
+    assert out[1].abs().sum() > 0 and lse[1].isfinite().all()
+
+
+def test_flash_attention_is_refused_over_rows_of_another_dtype() -> None:
+    args = case([1], [9], 4)
+    with pytest.raises(ValueError, match="'flash' for rows of the queries' dtype on a CPU, got 'flash'"):
+        latent_decode(*args[:2], args[2].float(), *args[3:], "flash")
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
