@@ -2,9 +2,10 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import cast
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -55,7 +56,7 @@ async def complete(service: Service, body: CompletionRequest, salt: str, request
     return Response(found[0].model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-def _checked_prompts(body: CompletionRequest, service: Service) -> list[str] | list[list[int]]:
+def _checked_prompts(body: CompletionRequest, service: Service) -> Sequence[str | list[int]]:
     """One prompt or several, texts or tokens: as several. Raises ApiError 400."""
     check(body, service.limits)
     if body.logprobs is not None and body.logprobs > service.limits.logprobs:
@@ -63,11 +64,13 @@ def _checked_prompts(body: CompletionRequest, service: Service) -> list[str] | l
     if body.echo and body.stream:
         raise ApiError(400, "echo: expected stream to be false with it", param="echo")
     given = body.prompt
-    prompts: list[str] | list[list[int]]
-    if isinstance(given, str) or (given and isinstance(given[0], int)):
+    prompts: Sequence[str | list[int]]
+    if isinstance(given, str):
         prompts = [given]
+    elif given and isinstance(given[0], int):
+        prompts = [cast(list[int], given)]
     else:
-        prompts = given  # type: ignore[assignment]
+        prompts = cast(list[str] | list[list[int]], given)
     limits = service.limits
     if not 1 <= len(prompts) <= limits.prompts:
         raise ApiError(400, f"prompt: expected 1 to {limits.prompts} prompts, got {len(prompts)}", param="prompt")

@@ -72,8 +72,6 @@ def from_validation(error: ValidationError) -> ApiError:
     """The one of pydantic's errors that lies deepest: of a union's many, that of the branch that fitted longest."""
     worst = max(error.errors(include_url=False, include_input=False), key=lambda e: len(e["loc"]))
     param = ".".join(_places(worst["loc"])) or None
-    if worst["type"] == "extra_forbidden":
-        return ApiError(400, f"{param}: unrecognized request argument", param=param, code="unknown_parameter")
     said = worst["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {said}" if param else said, param=param)
 

@@ -1,10 +1,25 @@
 """What may be asked: OpenAI's requests, and a few fields more. Types are strict; what is unknown is refused by name."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
+from pydantic_core import CoreSchema
 
 from abyssal.serve.errors import ApiError
+
+Item = TypeVar("Item")
+
+
+class _FirstError:
+    """Has a list of a million wrong items be one error, not a gigabyte of them."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        assert schema["type"] == "list"
+        return cast(CoreSchema, schema | {"fail_fast": True})
+
+
+Several = Annotated[list[Item], _FirstError()]
 
 # They change nothing of an answer.
 _HARMLESS = frozenset(
@@ -35,7 +50,11 @@ class Asked(BaseModel):
         refused = sorted(name for name in _ABSENT & data.keys() if data[name] not in (None, False))
         if refused:
             raise ApiError(400, f"{refused[0]}: not supported", param=refused[0], code="unsupported_parameter")
-        return {key: value for key, value in data.items() if key not in _HARMLESS | _ABSENT}
+        kept = {key: value for key, value in data.items() if key not in _HARMLESS | _ABSENT}
+        unknown = next((str(key) for key in kept if key not in cls.model_fields), None)
+        if unknown is not None:
+            raise ApiError(400, f"{unknown}: unrecognized request argument", param=unknown, code="unknown_parameter")
+        return kept
 
 
 # ---- what the text must match -------------------------------------------------------------------------------------
@@ -99,7 +118,7 @@ class Generation(Asked):
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1)
-    stop: str | list[str] | None = None
+    stop: str | Several[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -116,11 +135,19 @@ class Generation(Asked):
     ignore_eos: bool | None = None
     speculate: bool | None = None
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _first_wrong_bias(cls, biases: Any) -> Any:
+        for id, value in biases.items() if isinstance(biases, dict) else ():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"expected token ids and numbers, got {str(value)[:40]!r} for {id[:40]!r}")
+        return biases
+
 
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Several[str] | Several[int] | Several[Several[int]]
     logprobs: int | None = Field(None, ge=0)  # of this many likeliest tokens at each place
     echo: bool | None = None  # the prompt before the text, with its log-probabilities where these are asked for
 
@@ -153,24 +180,24 @@ class ToolCall(Part):
 
 class SystemMessage(Part):
     role: Literal["system", "developer"]
-    content: str | list[TextPart]
+    content: str | Several[TextPart]
 
 
 class UserMessage(Part):
     role: Literal["user"]
-    content: str | list[TextPart]
+    content: str | Several[TextPart]
 
 
 class AssistantMessage(Part):
     role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
+    content: str | Several[TextPart] | None = None
     reasoning_content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Several[ToolCall] | None = None
 
 
 class ToolMessage(Part):
     role: Literal["tool"]
-    content: str | list[TextPart]
+    content: str | Several[TextPart]
     tool_call_id: str | None = None
 
 
@@ -201,11 +228,11 @@ class NamedChoice(Part):
 class ChatRequest(Generation):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Several[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
-    tools: list[Tool] | None = None
+    tools: Several[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     thinking: bool | None = None  # of ours: given to templates that ask whether the model shall think
@@ -227,7 +254,7 @@ class TokenizeRequest(Asked):
 
     model: str | None = None
     text: str | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: Several[Message] | None = Field(None, min_length=1)
     special: bool | None = None  # control tokens written in the text count as such
 
     @model_validator(mode="after")
@@ -241,5 +268,5 @@ class DetokenizeRequest(Asked):
     """POST /v1/detokenize."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Several[int]
     special: bool | None = None  # control tokens are written, too

@@ -68,9 +68,8 @@ def test_json_is_read_as_written(value: Any) -> None:
         ({"n": True}, "n"),
         ({"n": 1.0}, "n"),
         ({"seed": 2**64}, "seed"),
-        ({"tempratur": 1}, "tempratur"),
         ({"stop": [1]}, "stop.0"),
-        ({"logit_bias": {"5": "x"}}, "logit_bias.5"),
+        ({"logit_bias": {"5": "x"}}, "logit_bias"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "robot", "content": ""}]}, "messages.0"),
         ({"messages": [{"role": "user"}]}, "messages.0.content"),
@@ -97,10 +96,38 @@ def test_what_would_change_the_answer_is_refused_by_name_and_the_rest_let_be() -
     with pytest.raises(ApiError, match="suffix: not supported") as refused:
         CompletionRequest.model_validate({"prompt": "a", "suffix": "b"})
     assert refused.value.param == "suffix"
+    with pytest.raises(ApiError, match="tempratur: unrecognized request argument"):
+        CompletionRequest.model_validate({"prompt": "a", "tempratur": 1})
     harmless = {"user": "me", "metadata": {"a": 1}, "store": True, "suffix": None, "use_beam_search": False}
     assert CompletionRequest.model_validate({"prompt": "a", "temperature": None} | harmless).prompt == "a"
     answered = {"role": "assistant", "content": "x", "refusal": None, "annotations": [], "audio": None}
     ChatRequest.model_validate({"messages": [USER, answered, USER]})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": [None] * 100000},
+        {"prompt": [[None] * 10] * 10000},
+        {"prompt": "a", "stop": [1] * 100000},
+        {"prompt": "a", "logit_bias": {str(i): "x" for i in range(100000)}},
+        {"prompt": "a"} | {f"x{i}": 1 for i in range(100000)},
+        {"messages": [{}] * 100000},
+        {"messages": [{"role": "user", "content": [{}] * 100000}]},
+        {"messages": [USER], "tools": [{}] * 100000},
+    ],
+)
+def test_a_million_mistakes_make_a_few_errors(body: dict[str, Any]) -> None:
+    """They took a gigabyte."""
+    kind = ChatRequest if "messages" in body else CompletionRequest
+    try:
+        kind.model_validate(body)
+    except ValidationError as error:
+        assert error.error_count() < 10
+    except ApiError as error:
+        assert error.status == 400
+    else:
+        pytest.fail("was taken")
 
 
 def test_limits_are_set_by_name() -> None:
