@@ -17,6 +17,7 @@ from torch import Tensor
 from abyssal.engine.slots import Slots
 from abyssal.model.packing import Packing
 from abyssal.ops.sample import Adjust, Settings, draw, likeliest, verify
+from abyssal.ops.step import count_experts, finish, follow, place_rows, step_rows
 
 Main = Callable[[Tensor, Packing], tuple[Tensor, Tensor, Tensor]]
 """tokens `[T]` -> states `[T, D]`, logits `[T, vocab]`, and the experts picked `[layers, T, K]`."""
@@ -58,55 +59,45 @@ class Decoder:
         """`allowed`: ids from it on are never taken. `alone`: every token's attention is computed by itself."""
         self.slots, self.main, self.module, self.head = slots, main, module, head
         self.modules, self.page_size, self.allowed, self.alone = modules, page_size, allowed, alone
+        self._sums: dict[tuple[int, int], Tensor] = {}
 
     def step(self, order: Tensor, kind: Kind, masks: Tensor | None = None) -> Decoded:
         """`order [S]` int64: the slots, filled up with the idle one. `masks [S, width, words]`: see `ops.sample`."""
         s, W = self.slots, kind.width
-        known, table = s.known[order], s.tables[order]
-        tokens = s.last[order, :W]
-        drafts = tokens[:, 1:]
-        states, logits, picks = self.main(tokens.flatten(), self.packing(table, known - 1, W))
+        rows = step_rows(order, s.known, s.last, s.tables, W, self.page_size)
+        known, drafts = rows.known, rows.tokens[:, 1:]
+        packing = self.packing(rows.table, rows.positions, rows.slots, rows.context_lens)
+        states, logits, picks = self.main(rows.tokens.flatten(), packing)
         logits, states = logits.unflatten(0, (-1, W)), states.unflatten(0, (-1, W))
-        settings = s.settings(order)
+        settings = s.settings(order, kind.greedy)
         adjust = s.adjustments(order, masks, kind.biased, kind.penalised)
         probs = s.draft_probs[order, : W - 1] if s.draft_probs is not None and not kind.greedy and W > 1 else None
         accepted, token = verify(logits, drafts, probs, known, settings, self.allowed, adjust, greedy=kind.greedy)
-        took = token.clamp(min=0)
-
         # What follows the n known tokens: accepted drafts, the new token, then what is drafted now.
-        place = torch.arange(W + kind.drafts, device=order.device)
-        padded = torch.cat((drafts, took[:, None].expand(-1, 1 + kind.drafts)), 1)
-        follow = torch.where(place < accepted[:, None], padded, took[:, None])
-        told = [accepted[:, None], token[:, None], drafts]
+        text = follow(drafts, accepted, token, kind.drafts)
         logprob = top_ids = top = None
         if kind.logprobs is not None:
-            logprob, top_ids, top = likeliest(logits, follow[:, :W], kind.logprobs, self.allowed)
-        live = (place[:W] <= accepted[:, None]) & (order < s.count)[:, None]
-        count_experts(s.load, order.repeat_interleave(W), picks, live.flatten())
+            logprob, top_ids, top = likeliest(logits, text[:, :W], kind.logprobs, self.allowed)
+        count_experts(s.load, order, picks, accepted)
         if kind.penalised and s.counts is not None:
-            s.counts.view(-1).scatter_add_(
-                0, (order[:, None] * s.vocab + follow[:, :W]).flatten(), live.flatten().to(torch.int32)
-            )
-
-        now = torch.where(order == s.count, known, known + accepted + 1)
-        s.known.index_copy_(0, order, now)
+            live = torch.arange(W, device=order.device) <= accepted[:, None]
+            at = order[:, None] * s.vocab + text[:, :W]
+            s.counts.view(-1).scatter_add_(0, at.flatten(), live.flatten().to(torch.int32))
         if self.modules and s.drafts:
             adjust = s.adjustments(order, None, kind.biased, False)
-            follow = self.draft(order, kind, table, known, accepted, follow, states, settings, adjust)
-        ahead = torch.arange(1 + kind.drafts, device=order.device)
-        last = follow.gather(1, accepted[:, None] + ahead)
-        filled = torch.cat((last, last[:, :1].expand(-1, s.drafts - kind.drafts)), 1)
-        s.last.index_copy_(0, order, filled)
+            text = self.draft(order, kind, rows.table, known, packing, accepted, text, states, settings, adjust)
+        told = finish(order, s.count, s.known, s.last, accepted, token, drafts, text, kind.drafts)
         if s.draft_probs is not None and not kind.greedy and not kind.drafts:
-            s.draft_probs[order] = torch.nn.functional.one_hot(filled[:, 1:], s.vocab).to(torch.float32)
-        return Decoded(torch.cat([*told, last[:, 1:]], 1), logprob, top_ids, top)
+            s.draft_probs[order] = torch.nn.functional.one_hot(s.last[order, 1:], s.vocab).to(torch.float32)
+        return Decoded(told, logprob, top_ids, top)
 
     def draft(
-        self, order: Tensor, kind: Kind, table: Tensor, known: Tensor, accepted: Tensor, follow: Tensor, rows: Tensor,
-        settings: Settings, adjust: Adjust,
+        self, order: Tensor, kind: Kind, table: Tensor, known: Tensor, packing: Packing, accepted: Tensor,
+        text: Tensor, rows: Tensor, settings: Settings, adjust: Adjust,
     ) -> Tensor:  # fmt: skip
-        """`rows [S, width, D]`: the main model's states from token n - 1 on. Returns `follow` with the drafts in it;
-        without drafts to make, the modules only write their rows."""
+        """`rows [S, width, D]`: the main model's states from token n - 1 on, and `packing` where these lie. Returns
+        `text`, what follows the known tokens, with the drafts in it; without drafts to make, the modules only write
+        their rows."""
         s, M = self.slots, self.modules
         start, at, kept = known - 1, accepted, []
         drawn: list[Tensor] = []
@@ -115,13 +106,15 @@ class Decoder:
                 if depth > 1:  # one row back: its token ahead was not known before
                     rows = torch.cat((s.kept[depth - 2][order][:, None], rows), 1)
                     start, at = start - 1, at + 1
-                rows = rows[:, : follow.shape[1]]  # without drafts, the last rows will lack their token
-                out = self.rows(depth, rows, follow[:, : rows.shape[1]], table, start)
+                rows = rows[:, : text.shape[1]]  # without drafts, the last rows will lack their token
+                if depth > 1:
+                    packing = self.placed(table, start, rows.shape[1])
+                out = self.rows(depth, rows, text[:, : rows.shape[1]], packing)
                 if depth < M:
                     kept.append(take(out, accepted))
             else:
                 rows, start = take(out, at)[:, None], known + accepted - 1 + (depth - M)
-                out = self.rows(M, rows, follow.gather(1, accepted[:, None] + depth - 1), table, start)
+                out = self.rows(M, rows, text.gather(1, accepted[:, None] + depth - 1), self.placed(table, start, 1))
                 at = torch.zeros_like(accepted)
             if kind.drafts:
                 logits = self.head(take(out, at))
@@ -130,48 +123,41 @@ class Decoder:
                     logits, known + accepted + depth, settings, self.allowed, adjust, not kind.greedy,
                     greedy=kind.greedy,
                 )  # fmt: skip
-                follow = follow.scatter(1, accepted[:, None] + depth, token.clamp(min=0)[:, None])
+                text = text.scatter(1, accepted[:, None] + depth, token.clamp(min=0)[:, None])
                 drawn += [probs] if probs is not None else []
             rows = out
         for own, row in zip(s.kept, kept):
             own.index_copy_(0, order, row)
         if drawn and s.draft_probs is not None and not kind.greedy:
             s.draft_probs[order, : kind.drafts] = torch.stack(drawn, 1).to(torch.float32)
-        return follow
+        return text
 
-    def rows(self, depth: int, states: Tensor, ahead: Tensor, table: Tensor, start: Tensor) -> Tensor:
-        """A module over equally many rows of each sequence, `[S, w, D]` and `[S, w]`, from row `start [S]` on."""
-        w = states.shape[1]
-        out = self.module(depth, states.flatten(0, 1), ahead.flatten(), self.packing(table, start, w))
-        return out.unflatten(0, (-1, w))
+    def rows(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
+        """A module over equally many rows of each sequence, `[S, w, D]` and `[S, w]`."""
+        out = self.module(depth, states.flatten(0, 1), ahead.flatten(), packing)
+        return out.unflatten(0, (-1, states.shape[1]))
 
-    def packing(self, table: Tensor, start: Tensor, width: int) -> Packing:
+    def placed(self, table: Tensor, start: Tensor, width: int) -> Packing:
         """`width` rows of each sequence from row `start [S]` on; `table [S, P]` its pages."""
-        S, size = table.shape[0], self.page_size
-        start = start.clamp(min=0)  # a module's rows before the first, of a text shorter than its depth
-        step = torch.arange(width, device=table.device)
-        positions = start[:, None] + step
-        slots = table.gather(1, positions // size) * size + positions % size
-        lens = (start + width).to(torch.int32)
+        return self.packing(table, *place_rows(table, start, width, self.page_size))
+
+    def packing(self, table: Tensor, positions: Tensor, slots: Tensor, lens: Tensor) -> Packing:
+        """Rows at `positions [S, w]`, written to `slots`; `lens [S]` is where the contexts end with them."""
+        S, width = positions.shape
         if self.alone:
             table, lens, S, width = table.repeat_interleave(width, 0), (positions + 1).flatten().int(), S * width, 1
-        cu = torch.arange(0, S * width + 1, width, dtype=torch.int32, device=table.device)
+        cu = self._running(S, width, table.device)
         return Packing(
-            cu, positions.flatten(), width, slots.flatten(), table, lens, size, fresh=False, alone=self.alone
+            cu, positions.flatten(), width, slots.flatten(), table, lens, self.page_size, fresh=False, alone=self.alone
         )  # fmt: skip
+
+    def _running(self, S: int, width: int, device: torch.device) -> Tensor:
+        """`[S + 1]` int32: 0, width, 2 width ...; made once, before anything is captured."""
+        if (S, width) not in self._sums:
+            self._sums[S, width] = torch.arange(0, S * width + 1, width, dtype=torch.int32, device=device)
+        return self._sums[S, width]
 
 
 def take(rows: Tensor, at: Tensor) -> Tensor:
     """`[S, w, D]`, `at [S]` -> `[S, D]`."""
     return rows.gather(1, at[:, None, None].expand(-1, 1, rows.shape[-1])).squeeze(1)
-
-
-def count_experts(load: Tensor, slots: Tensor, picks: Tensor, live: Tensor) -> None:
-    """Adds to `load [slots, layers, E]` the experts that live tokens were sent to. `slots [T]`, `picks
-    [layers, T, K]`, `live [T]` bool."""
-    layers, T, K = picks.shape
-    if layers:
-        E = load.shape[2]
-        layer = torch.arange(layers, device=picks.device)[:, None, None]
-        at = (slots[None, :, None] * layers + layer) * E + picks
-        load.view(-1).scatter_add_(0, at.flatten(), live[None, :, None].expand(layers, T, K).flatten().to(load.dtype))

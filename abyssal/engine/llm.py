@@ -68,7 +68,7 @@ class LLM:
             folder = local_folder(model)
             self.model = load(folder, dtype=dtype, device=device)
             self.tokenizer = tokenizer or Tokenizer.load(folder)
-        self.model.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False).join()
         longest = self.model.config.max_position_embeddings
         if max_batch < 1:
             raise ValueError(f"max_batch: expected 1 or more, got {max_batch}")

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from abyssal.engine.decode import Head, Module, count_experts
+from abyssal.engine.decode import Head, Module
 from abyssal.engine.slots import Slots, upload
 from abyssal.model.packing import Packing
 from abyssal.ops.sample import likeliest
+from abyssal.ops.step import count_experts
 
 LOGITS_AT_ONCE = 256  # rows whose logits are made together, where a prompt's log-probabilities are asked for
 
@@ -127,7 +128,7 @@ class Prefill:
         begin()
         states, picks = (t[..., : sum(lens), :] for t in self.main(ids, packing, path))
         slots = upload(np.repeat([c.slot for c in chunks], lens), torch.int64, device)
-        count_experts(self.slots.load, slots, picks, torch.ones_like(slots, dtype=torch.bool))
+        count_experts(self.slots.load, slots, picks)
         if self.modules:
             self._further(chunks, states.split(lens))
         return {c.slot: self._logprobs(c, own) for c, own in zip(chunks, states.split(lens)) if c.logprobs is not None}

@@ -114,7 +114,13 @@ class Slots:
         for kept in self.kept:
             kept[target] = kept[source]
 
-    def settings(self, order: Tensor) -> Settings:
+    def settings(self, order: Tensor, greedy: bool) -> Settings:
+        """Of the slots in `order`; where all are greedy nobody looks at them, and they are of any."""
+        if greedy:
+            rows = order.shape[0]
+            return Settings(
+                self.temperature[:rows], self.top_k[:rows], self.top_p[:rows], self.min_p[:rows], self.seed[:rows]
+            )
         return Settings(
             self.temperature[order], self.top_k[order], self.top_p[order], self.min_p[order], self.seed[order]
         )
