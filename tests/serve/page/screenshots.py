@@ -34,6 +34,7 @@ def main() -> None:
                 page.uncheck("#template")
             for name, value in {"temperature": "0.5", "max_tokens": "240", "seed": arguments.seed}.items():
                 page.fill(f"#{name}", value)
+            page.select_option("#speculation", "true")
             page.click("#settings summary")
             page.wait_for_timeout(3000)  # for the engine's line to have a beginning
             page.fill("#message", arguments.prompt)

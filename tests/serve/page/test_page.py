@@ -56,7 +56,7 @@ def test_what_is_asked_of_the_server(open_page: Open, script: Script) -> None:
     chosen = {"temperature": "0.5", "top_p": "0.9", "top_k": "40", "min_p": "0.05", "max_tokens": "77", "seed": "12"}
     for name, value in chosen.items():
         page.fill(f"#{name}", value)
-    page.uncheck("#speculation")
+    page.select_option("#speculation", "false")
     page.fill("#system", "Be brief.")
     page.fill("#key", "sesame")
     script.key = "sesame"
@@ -500,7 +500,7 @@ def test_every_control_has_a_name(open_page: Open, script: Script) -> None:
     page = open_page()
     page.click("#settings summary")
     nameless = page.evaluate(
-        """() => [...document.querySelectorAll("button, input, textarea")]
+        """() => [...document.querySelectorAll("button, input, select, textarea")]
            .filter((e) => !(e.textContent.trim() || e.ariaLabel || e.labels?.length)).map((e) => e.id || e.outerHTML)"""
     )
     assert nameless == []
