@@ -68,7 +68,7 @@ def _checked_prompts(body: CompletionRequest, service: Service) -> Sequence[str 
     if isinstance(given, str):
         prompts = [given]
     elif given and isinstance(given[0], int):
-        prompts = [cast(list[int], given)]
+        prompts = [given]
     else:
         prompts = cast(list[str] | list[list[int]], given)
     limits = service.limits

@@ -16,7 +16,7 @@ class _FirstError:
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         schema = handler(source)
         assert schema["type"] == "list"
-        return cast(CoreSchema, schema | {"fail_fast": True})
+        return cast(CoreSchema, {**schema, "fail_fast": True})
 
 
 Several = Annotated[list[Item], _FirstError()]
