@@ -1,7 +1,7 @@
 """abyssal's worker: one job of `cpu.py`, through the engine's Runner and the trainer's own losses and optimizer."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import measure
@@ -13,70 +13,96 @@ import abyssal
 from abyssal.costs import cache_bytes
 from abyssal.data import Batch
 from abyssal.engine.compiled import can_compile
-from abyssal.engine.runner import Runner
+from abyssal.engine.decode import Kind
+from abyssal.engine.prefill import Chunk
+from abyssal.engine.runner import PAGE, Lap, Runner
 from abyssal.model.packing import Packing
 from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
 from abyssal.train.loss import Microbatch, Totals, losses
 from abyssal.train.optimizer import Optimizer
 
-ROUND = 256  # the engine's own rounding of a page
+CHUNK = 2048  # tokens of a prompt taken at once: what `LLM` takes on a CPU
 
 
-def runner(model: Transformer, job: Job) -> Runner:
-    """As the engine makes it, with its compiled step where there is a compiler."""
-    model.eval().requires_grad_(False)
-    size = -(-(job.context + job.steps + 1) // ROUND) * ROUND
-    return Runner(
-        model, job.batch, size, 1, job.variant.get("compiled", True) and can_compile(model.embed.weight.device)
-    )
+class Engine:
+    """The engine's Runner with a slot for each sequence of a job, on pages that follow each other, as it gives them
+    on a CPU; and its compiled step where there is a compiler."""
 
+    def __init__(self, model: Transformer, job: Job) -> None:
+        model.eval().requires_grad_(False)
+        self.job, self.each = job, -(-(job.context + job.steps + 2) // PAGE)
+        self.compiled = job.variant.get("compiled", True) and can_compile(model.embed.weight.device)
+        self.runner = Runner(
+            model, pages=1 + job.batch * self.each, running=job.batch, context=job.context + job.steps, drafts=0,
+            compiled=self.compiled,
+        )  # fmt: skip
+        self.slots = self.runner.slots
+        self.slots.write_tables([(s, i, page) for s in range(job.batch) for i, page in enumerate(self.pages(s))])
 
-def fill(run: Runner, job: Job) -> torch.Tensor:
-    """A prompt of `context` tokens into page 0, and its rows into every other page: what each would hold had it been
-    given the same prompt. Returns the logits `[1, vocab]` after it."""
-    _, last = run.prefill(0, measure.prompt(job))
-    for layer in run.cache.layers:
-        for rows in layer.values():
-            pages = rows.view(run.pages, run.cache.page_size, -1)
-            for other in range(1, run.pages):
-                pages[other].copy_(pages[0])
-    return last[None]
+    def pages(self, slot: int) -> range:
+        return range(1 + slot * self.each, 1 + (slot + 1) * self.each)
 
+    def prompt(self, tokens: Sequence[int]) -> None:
+        """All tokens but the last into slot 0, as the engine takes a prompt: the last is the first that is decoded."""
+        for start in range(0, len(tokens) - 1, CHUNK):
+            end = min(start + CHUNK, len(tokens) - 1)
+            self.runner.chunks([Chunk(0, tokens, self.pages(0), start, end, 0)], Lap(self.runner.device))
 
-def stepper(run: Runner, job: Job) -> Callable[[int, list[int]], list[int]]:
-    """One decoding step of every sequence, and the greedy choice after it."""
+    def fill(self) -> list[int]:
+        """A prompt of `context` tokens, all but its last, into every slot: what each would hold had it been given the
+        same. Returns the last, once a sequence: what step -1 takes."""
+        tokens = measure.prompt(self.job)
+        self.prompt(tokens)
+        pairs = [pair for s in range(1, self.job.batch) for pair in zip(self.pages(0), self.pages(s))]
+        self.runner.copy_pages(pairs)
+        return tokens[-1:] * self.job.batch
 
-    def step(i: int, tokens: list[int]) -> list[int]:
-        _, logits = run.decode(range(job.batch), [[token] for token in tokens], [job.context + i] * job.batch)
-        return torch.cat(logits).argmax(-1).tolist()
+    @torch.inference_mode()
+    def logits(self, tokens: Sequence[int], before: int) -> torch.Tensor:
+        """`[S, vocab]` after one token more of each sequence, `before` of which stand in the cache: the main part of a
+        step."""
+        start = torch.full((len(tokens),), before)
+        packing = self.runner.decoder.placed(self.slots.tables[: len(tokens)], start, 1)
+        return self.runner.decoder.main(torch.tensor(tokens), packing)[1]
 
-    return step
+    @torch.inference_mode()
+    def step(self, i: int, tokens: Sequence[int]) -> list[int]:
+        """One decoding step of the sequences that are given a token, and the greedy choice after it: all that the
+        engine does, but for what it would feed itself."""
+        size = len(tokens)
+        self.slots.known[:size] = self.job.context + i + 1
+        self.slots.last[:size, 0] = torch.tensor(tokens)
+        pending = self.runner.step(range(size), Kind(size, 1, 0), Lap(self.runner.device))
+        return [result.token for result in pending.read()]
 
 
 def decode(job: Job, model: Transformer) -> None:
-    run = runner(model, job)
-    fill(run, job)
-    step, tokens = stepper(run, job), measure.step_tokens(job)
+    run = Engine(model, job)
+    last = run.fill()
     start = time.perf_counter()
-    step(0, tokens[0])
+    run.step(-1, last)
     first = time.perf_counter() - start
-    rates = measure.decode_rates(step, lambda: None, job)  # a step overwrites the rows of the pass before
+    rates = measure.decode_rates(run.step, lambda: None, job)  # a step overwrites the rows of the pass before
     measure.report({"rates": rates, "first_step_seconds": first, "compiled": run.compiled})
 
 
 def prefill(job: Job, model: Transformer) -> None:
-    run, tokens = runner(model, job), measure.prompt(job)
-    call = lambda: int(run.prefill(0, tokens)[1].argmax())  # noqa: E731
+    run, tokens = Engine(model, job), measure.prompt(job)
+
+    def call() -> None:
+        run.prompt(tokens)
+        run.step(-1, tokens[-1:])
+
     measure.report({"rates": measure.call_rates(call, job.context, job)})
 
 
 def logits(job: Job, model: Transformer) -> None:
     """After a prompt, and of every sequence after each decoding step, by the path that is timed."""
-    run = runner(model, job)
-    rows = [fill(run, job)]
+    run = Engine(model, job)
+    rows = [run.logits(run.fill(), job.context - 1)[:1]]
     for i, tokens in enumerate(measure.step_tokens(job)):
-        rows += run.decode(range(job.batch), [[token] for token in tokens], [job.context + i] * job.batch)[1]
+        rows.append(run.logits(tokens, job.context + i))
     np.save(job.out, torch.cat(rows).float().numpy())
     measure.report({"compiled": run.compiled})
 
@@ -126,15 +152,14 @@ def memory(job: Job) -> None:
     watch = measure.MemoryWatch()
     watch.phase("load")
     model = abyssal.load(job.model)
-    run = runner(model, job)
+    run = Engine(model, job)
     watch.phase("fill")
-    fill(run, job)
+    last = run.fill()
     watch.phase("first step")
-    step, tokens = stepper(run, job), measure.step_tokens(job)
-    step(0, tokens[0])
+    run.step(-1, last)
     watch.phase("decode")
-    for i, row in enumerate(tokens):
-        step(i, row)
+    for i, row in enumerate(measure.step_tokens(job)):
+        run.step(i, row)
     peaks = watch.stop()
     peaks.pop("start")
     weights = sum(t.nbytes for t in model.state_dict().values())
