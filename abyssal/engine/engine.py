@@ -11,59 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
 from abyssal.costs import mha_cache_bytes
 from abyssal.data.tokenizer import Tokenizer
+from abyssal.engine.batch import groups, kind_of, masks_of
 from abyssal.engine.constraint import Constraint, Grammars
 from abyssal.engine.decode import Kind
 from abyssal.engine.metrics import Metrics
+from abyssal.engine.options import Options, check
 from abyssal.engine.pages import Pages
-from abyssal.engine.request import Inside, Piece, Request, TokenLogprob
+from abyssal.engine.report import Report
+from abyssal.engine.request import Finish, Piece, Request
 from abyssal.engine.runner import PAGE, Lap, Pending, Result, Runner
 from abyssal.engine.scheduler import NoPages, Plan, Scheduler
 from abyssal.engine.sequence import Sequence, State
 from abyssal.engine.speculation import Speculation
 from abyssal.model.transformer import Transformer
-
-SHOWN = 0.25  # seconds between two looks inside, of a request that asked for them
-
-
-@dataclass(frozen=True)
-class Options:
-    """How an engine is built. `pages` counts the scratch page too."""
-
-    pages: int
-    running: int
-    context: int
-    drafts: int = 0
-    step_tokens: int = 2048
-    cache_dtype: torch.dtype | None = None  # None: the weights'; uint8: FP8
-    workspace: int = 1 << 16  # tokens whose keys and values may be expanded at once
-    prefix_cache: bool = True
-    deterministic: bool = False
-    compiled: bool = False
-    adapt: bool = True  # draft only where it pays
-    grammar_bytes: int = 65536
-    grammar_seconds: float = 2.0
-
-
-def check(request: Request, model: Transformer, options: Options, tokenizer: Tokenizer | None) -> None:
-    """Raises ValueError naming what of a request can't be, whatever the pool."""
-    vocab, room, own, prompt = model.config.vocab_size, options.context, request.sampling, request.prompt
-    if not prompt:
-        raise ValueError("prompt: is empty; expected text or token ids")
-    if min(prompt) < 0 or max(prompt) >= vocab:
-        raise ValueError(f"prompt: expected token ids from 0 to {vocab - 1}")
-    if len(prompt) + own.max_tokens > room:
-        raise ValueError(f"prompt: {len(prompt)} tokens and max_tokens {own.max_tokens} exceed the context of {room}")
-    if own.speculate and not options.drafts:
-        raise ValueError("speculate: is True, but nothing drafts: the model has no MTP module, or drafts are off")
-    if any(id >= vocab for id, _ in own.logit_bias):
-        raise ValueError(f"logit_bias: expected token ids from 0 to {vocab - 1}")
-    if own.grammar is not None and tokenizer is None:
-        raise ValueError("grammar: needs a tokenizer")
 
 
 @dataclass
@@ -121,11 +85,7 @@ class Engine:
         self._on_its_way: deque[Enqueued] = deque()
         self._siblings: dict[int, list[Sequence]] = {}  # samples that wait for their request's first to be taken in
         self._live: dict[int, list[Sequence]] = {}
-        self._pieces: list[Piece] = []
-        self._shown: dict[tuple[int, int], float] = {}
-        self._settled = time.perf_counter()
-        self._last_lap: Lap | None = None
-        self._recent: deque[tuple[float, int]] = deque()
+        self._report = Report(self.metrics, self.pages, self.runner)
 
     # ---- the face -----------------------------------------------------------------------------------------
 
@@ -166,7 +126,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self._live or self._pieces or self._on_its_way)
+        return bool(self._live or self._report.pieces or self._on_its_way)
 
     def step(self) -> list[Piece]:
         """Enqueues a step and settles the one before (on a CPU, this one). Returns what has become certain."""
@@ -180,9 +140,8 @@ class Engine:
         enqueued = self._enqueue(plan) if not plan.empty else None
         while len(self._on_its_way) > (1 if self.asynchronous and enqueued is not None else 0):
             self._settle(self._on_its_way.popleft())
-        pieces, self._pieces = self._pieces, []
-        self._gauges()
-        return pieces
+        self._report.gauges(self.scheduler)
+        return self._report.fetch()
 
     def snapshot(self) -> dict[str, Any]:
         """All that is counted, as plain JSON. Waits for the device, to read the experts' load."""
@@ -216,7 +175,6 @@ class Engine:
                 if self._on_its_way:
                     self._settle_all()
                 else:
-                    self.metrics.preemptions += 1
                     self.scheduler.preempt()
 
     def _enqueue(self, plan: Plan) -> Enqueued:
@@ -228,13 +186,16 @@ class Engine:
         if plan.chunks:
             for slot, said in runner.chunks([chunk for _, chunk in plan.chunks], lap).items():
                 owner = next(s for s, chunk in plan.chunks if chunk.slot == slot)
-                self._prompt_logprobs(owner, said.logprob.tolist(), said.top_ids.tolist(), said.top_logprobs.tolist())
+                owner.push_prompt(said.logprob.tolist(), said.top_ids.tolist(), said.top_logprobs.tolist())
         for s, _ in plan.chunks:
             self.scheduler.register(s)
         decoding = [*plan.decoding, *(new for s in plan.ready for new in self._ready(s))]
         steps = []
-        for group, speculates in self._groups(decoding):
-            kind, masks = self._kind(group, speculates)
+        wanted = self.speculation.wanted(len(decoding)) if decoding else False
+        self.metrics.speculating = wanted
+        for group, drafts in groups(decoding, self.options.drafts, wanted):
+            kind = kind_of(group, drafts, self.model.config.vocab_size)
+            masks = masks_of(group, drafts, runner.words) if kind.masked else None
             steps.append((runner.step([s.slot for s in group], kind, lap, masks), group))
             for s in group:
                 s.ahead += 1
@@ -272,50 +233,7 @@ class Engine:
         with torch.inference_mode():
             self.runner.slots.enter(s.slot, len(s.tokens), s.tokens[-1], s.sampling, s.seed)
             self.runner.slots.adjust(s.slot, s.sampling, s.request.prompt, s.tokens[len(s.request.prompt) :])
-        if s.generated == 0 and s.admitted is not None:
-            self.metrics.queue_time.add(s.admitted - s.request.arrived)
-            self.metrics.prompt_tokens += len(s.request.prompt)
-            self.metrics.cached_tokens += s.cached_tokens
-
-    def _groups(self, decoding: list[Sequence]) -> list[tuple[list[Sequence], bool]]:
-        """Those whose drafts are verified, and those that get a token each."""
-        if not decoding:
-            return []
-        wanted = self.speculation.wanted(len(decoding))
-        drafting = [s for s in decoding if self._drafts(s, wanted)]
-        plain = [s for s in decoding if s not in drafting]
-        self.metrics.speculating = bool(drafting)
-        return [(group, kind) for group, kind in ((drafting, True), (plain, False)) if group]
-
-    def _drafts(self, s: Sequence, wanted: bool) -> bool:
-        if not self.options.drafts or s.cold or s.sampling.speculate is False:
-            return False
-        if s.sampling.speculate:
-            return True
-        # With a seed a text should hang on nothing else, and drafts come and go with the load.
-        return wanted and (s.sampling.seed is None or s.sampling.greedy)
-
-    def _kind(self, group: list[Sequence], speculates: bool) -> tuple[Kind, np.ndarray | None]:
-        drafts = self.options.drafts if speculates else 0
-        constrained = any(s.constraint is not None for s in group)
-        masks = None
-        if constrained:
-            masks = np.full((len(group), 1 + drafts, self.runner.words), -1, dtype=np.int32)
-            for row, s in zip(masks, group):
-                if s.constraint is not None:
-                    s.constraint.masks((s.drafts or [s.tokens[-1]] * drafts)[:drafts], row)
-        asked = [s.sampling.logprobs for s in group if s.sampling.logprobs is not None]
-        kind = Kind(
-            sequences=len(group),
-            width=1 + drafts,
-            drafts=drafts,
-            greedy=all(s.sampling.greedy for s in group),
-            masked=constrained,
-            biased=any(s.sampling.logit_bias for s in group),
-            penalised=any(s.sampling.penalised for s in group),
-            logprobs=min(max(asked), self.model.config.vocab_size) if asked else None,
-        )
-        return kind, masks
+        self._report.entered(s)
 
     # ---- what came of it ----------------------------------------------------------------------------------
 
@@ -327,89 +245,34 @@ class Engine:
         made = 0
         for pending, group in enqueued.steps:
             results = pending.read()
-            now = time.monotonic()
             before = sum(s.generated for s in group)
             for s, result in zip(group, results):
                 s.ahead -= 1
                 if s.state is State.DECODING:
-                    self._take(s, result, now)
+                    self._take(s, result)
             made += sum(s.generated for s in group) - before
-        self._lap(enqueued)
-        ended = time.perf_counter()
-        seconds = ended - max(self._settled, enqueued.began)
-        self._settled = ended
-        self.metrics.step_seconds += seconds
-        self.metrics.generated_tokens += made
-        if enqueued.pure:
-            self.metrics.decode_seconds += seconds
-            self.metrics.decoded_tokens += made
-        self._recent.append((ended, made))
+        enqueued.lap.wait()  # where there were only prompts, nothing has been read
+        seconds = self._report.settled(enqueued.began, enqueued.lap, enqueued.pure, made, bool(self._live))
         if enqueued.pure and len(enqueued.steps) == 1:
             pending, group = enqueued.steps[0]
             self.speculation.tell(len(group), pending.kind.width > 1, seconds, made)
 
-    def _lap(self, enqueued: Enqueued) -> None:
-        """The device's own time, and how long it had nothing to do before this step."""
-        if not self.asynchronous:
-            return
-        enqueued.lap.wait()  # where there were only prompts, nothing has been read yet
-        self.metrics.device_seconds += enqueued.lap.seconds()
-        if self._last_lap is not None:
-            self.metrics.idle_seconds += max(enqueued.lap.since(self._last_lap), 0.0)
-        self._last_lap = enqueued.lap if self._live else None
-
-    def _take(self, s: Sequence, result: Result, now: float) -> None:
+    def _take(self, s: Sequence, result: Result) -> None:
         if result.token < 0:
             self._fail(s, "the model's logits are not finite")
             return
-        self._count(result)
-        s.drafted += len(result.verified)
-        s.accepted += result.accepted
-        s.drafts = result.drafts
+        before = s.last_token
         try:
-            for i, token in enumerate([*result.verified[: result.accepted], result.token]):
-                if s.constraint is not None:
-                    s.constraint.accept(token)
-                said = None
-                if s.sampling.logprobs is not None and result.logprobs is not None:
-                    own, top = result.logprobs[i]
-                    said = TokenLogprob(token, own, top[: s.sampling.logprobs])
-                s.push(token, i < result.accepted, said)
-                if s.finish is None and s.constraint is not None and s.constraint.finished:
-                    s.finish = "stop"
-                if s.finish is not None:
-                    break
+            s.take(result, time.monotonic())
         except (ValueError, RuntimeError) as error:  # of the grammar or the tokenizer: this request's alone
             self._fail(s, str(error))
             return
-        if s.first_token is None:
-            s.first_token = now
-            self.metrics.first_token.add(now - s.request.arrived)
-        elif s.last_token is not None:
-            self.metrics.between_tokens.add(now - s.last_token)
-        s.last_token = now
-        s.rows = len(s.tokens) - 1
+        self._report.took(s, result, before)
         self.scheduler.register(s)
         if s.finish is not None:
             self._let_go(s)
         else:
-            self._tell(s)
-
-    def _count(self, result: Result) -> None:
-        for counts, upto in ((self.metrics.drafted, len(result.verified)), (self.metrics.accepted, result.accepted)):
-            counts.extend([0] * (len(result.verified) - len(counts)))
-            for i in range(upto):
-                counts[i] += 1
-
-    def _prompt_logprobs(
-        self, s: Sequence, own: list[float], ids: list[list[int]], values: list[list[float]]
-    ) -> None:  # fmt: skip
-        if s.prompt_logprobs is None:
-            s.prompt_logprobs = [None]
-        for logprob, some, of in zip(own, ids, values):
-            token = s.tokens[len(s.prompt_logprobs)]
-            if len(s.prompt_logprobs) < len(s.request.prompt):
-                s.prompt_logprobs.append(TokenLogprob(token, logprob, list(zip(some, of))))
+            self._report.tell(s)
 
     def _fail(self, s: Sequence, error: str) -> None:
         """Ends one sequence alone. Its pages may hold what is no number, and nobody may come upon that."""
@@ -420,18 +283,15 @@ class Engine:
         if own:
             self.runner.clear(own)
 
-    def _end(self, s: Sequence, finish: str, error: str | None = None) -> None:
-        s.end(finish, error)  # type: ignore[arg-type]
+    def _end(self, s: Sequence, finish: Finish, error: str | None = None) -> None:
+        s.end(finish, error)
         self._let_go(s)
 
     def _let_go(self, s: Sequence) -> None:
         """Of a sequence that has ended: its last piece, and everything it held."""
-        self._tell(s)
+        self._report.tell(s)
         self.scheduler.release(s)
         s.state = State.DONE
-        assert s.finish is not None
-        self.metrics.finished[s.finish] += 1
-        self._shown.pop((s.request.id, s.sample), None)
         samples = self._live[s.request.id]
         samples.remove(s)
         siblings = self._siblings.get(s.request.id)
@@ -443,42 +303,3 @@ class Engine:
         if not samples:
             del self._live[s.request.id]
             self._siblings.pop(s.request.id, None)
-
-    def _tell(self, s: Sequence) -> None:
-        piece = s.piece()
-        if piece is None:
-            return
-        if s.request.inspect and (s.finish or self._due(s)):
-            piece = Piece(**{**vars(piece), "inside": self._inside(s)})
-        self._pieces.append(piece)
-
-    def _due(self, s: Sequence) -> bool:
-        key, now = (s.request.id, s.sample), time.monotonic()
-        if now - self._shown.get(key, -SHOWN) < SHOWN:
-            return False
-        self._shown[key] = now
-        return True
-
-    def _inside(self, s: Sequence) -> Inside:
-        m = self.metrics
-        return Inside(
-            latent_bytes=len(s.pages) * m.page_bytes,
-            mha_bytes=len(s.tokens) * m.mha_bytes_a_token,
-            pages=len(s.pages),
-            shared_pages=sum(self.pages.shared(page) for page in s.pages),
-            cached_tokens=s.cached_tokens,
-            tokens_per_second=s.tokens_per_second,
-            drafted=s.drafted,
-            accepted=s.accepted,
-            expert_load=self.runner.loads(s.slot) if s.slot >= 0 else [],
-        )
-
-    def _gauges(self) -> None:
-        m = self.metrics
-        m.running, m.waiting = len(self.scheduler.running), len(self.scheduler.waiting)
-        m.pages_free, m.pages_cached, m.evicted_pages = self.pages.free, self.pages.idle, self.pages.evicted
-        m.cached_rows = sum(s.rows for s in self.scheduler.running)
-        now = time.perf_counter()
-        while self._recent and now - self._recent[0][0] > 1:
-            self._recent.popleft()
-        m.tokens_per_second = sum(made for _, made in self._recent) / max(min(now - self._settled + 1, 1), 1)

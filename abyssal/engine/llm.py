@@ -12,8 +12,9 @@ import torch
 from abyssal.costs import mha_cache_bytes
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.engine.compiled import can_compile
-from abyssal.engine.engine import Engine, Options, check
+from abyssal.engine.engine import Engine
 from abyssal.engine.metrics import Metrics
+from abyssal.engine.options import Options, check
 from abyssal.engine.request import Output, Piece, Request, Totals
 from abyssal.engine.room import free_bytes, page_bytes, workspace_bytes
 from abyssal.engine.runner import PAGE

@@ -2,7 +2,7 @@
 
 import torch
 
-from abyssal.engine.engine import Options
+from abyssal.engine.options import Options
 from abyssal.engine.runner import leaves
 from abyssal.model.transformer import Transformer
 

@@ -8,6 +8,7 @@ from abyssal.data.tokenizer import Detokenizer, Tokenizer
 from abyssal.engine.constraint import Constraint
 from abyssal.engine.pages import Node
 from abyssal.engine.request import Finish, Output, Piece, Request, TokenLogprob
+from abyssal.engine.runner import Result
 from abyssal.engine.text import StopWatcher
 
 
@@ -73,6 +74,40 @@ class Sequence:
     def most(self) -> int:
         """Tokens that it may still generate, not counting those of steps whose outcome is not known."""
         return self.sampling.max_tokens - self.generated
+
+    def take(self, result: Result, now: float) -> None:
+        """What a step made for it: accepted drafts and a token. Sets `finish` where the text ends with that.
+
+        Raises GrammarError for a token that its grammar forbids.
+        """
+        self.drafted += len(result.verified)
+        self.accepted += result.accepted
+        self.drafts = result.drafts
+        for i, token in enumerate([*result.verified[: result.accepted], result.token]):
+            if self.constraint is not None:
+                self.constraint.accept(token)
+            said = None
+            if self.sampling.logprobs is not None and result.logprobs is not None:
+                own, top = result.logprobs[i]
+                said = TokenLogprob(token, own, top[: self.sampling.logprobs])
+            self.push(token, i < result.accepted, said)
+            if self.finish is None and self.constraint is not None and self.constraint.finished:
+                self.finish = "stop"
+                self._say(self._rest(), i < result.accepted)
+            if self.finish is not None:
+                break
+        self.first_token = now if self.first_token is None else self.first_token
+        self.last_token = now
+        self.rows = len(self.tokens) - 1
+
+    def push_prompt(self, own: list[float], ids: list[list[int]], values: list[list[float]]) -> None:
+        """Log-probabilities of the prompt's next tokens, and of the likeliest in their places."""
+        if self.prompt_logprobs is None:
+            self.prompt_logprobs = [None]  # of the first nothing is known
+        for logprob, some, of in zip(own, ids, values):
+            token = self.tokens[len(self.prompt_logprobs)]
+            if len(self.prompt_logprobs) < len(self.request.prompt):
+                self.prompt_logprobs.append(TokenLogprob(token, logprob, list(zip(some, of))))
 
     def push(self, token: int, drafted: bool, logprob: TokenLogprob | None) -> None:
         """Takes one generated token. `drafted`: an MTP module drafted it. Sets `finish` where it ends the text."""

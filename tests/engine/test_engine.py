@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abyssal import ModelConfig, Sampling
-from abyssal.engine.engine import Engine, Options
+from abyssal.engine.engine import Engine
+from abyssal.engine.options import Options
 from abyssal.engine.request import Output, Piece, Request
 from abyssal.engine.sequence import Sequence, State
 from abyssal.model.transformer import Transformer

@@ -8,7 +8,8 @@ import torch
 
 from abyssal import LLM, ModelConfig, Sampling
 from abyssal.engine.compiled import can_compile
-from abyssal.engine.engine import Engine, Options
+from abyssal.engine.engine import Engine
+from abyssal.engine.options import Options
 from abyssal.engine.request import Request
 from abyssal.engine.sampling import distribution
 from abyssal.model.transformer import Transformer

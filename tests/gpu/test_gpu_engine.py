@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from abyssal import LLM, ModelConfig, Sampling
-from abyssal.engine.engine import Engine, Options
+from abyssal.engine.engine import Engine
+from abyssal.engine.options import Options
 from abyssal.engine.request import Output, Request
 from abyssal.model.transformer import Transformer
 
