@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import httpx
 from load_clients import Client, Tally, live
@@ -39,10 +39,16 @@ COUNTED = (
 class Server:
     process: subprocess.Popen[bytes]
     port: int
+    said: IO[bytes]
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def last_words(self) -> str:
+        """What it printed last, and its exit code if it has ended."""
+        self.said.seek(0)
+        return f"exit code {self.process.poll()}: {self.said.read()[-3000:].decode(errors='replace')}"
 
     def workers(self) -> list[int]:
         """Its child processes: one, the engine's."""
@@ -68,13 +74,12 @@ def serving(model: Path, *arguments: str, seconds: float = 120.0) -> Iterator[Se
     command = [sys.executable, "-c", START, "serve", str(model), "--port", str(port), *arguments]
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        server = Server(process, port)
+        server = Server(process, port, said)
         try:
             until = time.monotonic() + seconds
             while not healthy(server):
                 if process.poll() is not None or time.monotonic() > until:
-                    said.seek(0)
-                    raise RuntimeError(f"the server did not start: {said.read()[-3000:].decode(errors='replace')}")
+                    raise RuntimeError(f"the server did not start; {server.last_words()}")
                 time.sleep(0.1)
             yield server
         finally:
@@ -166,6 +171,8 @@ async def load(server: Server, cases: Sequence[Case], clients: int, seconds: flo
             for i, http in enumerate(https)
         ]
         await asyncio.gather(*lives)
+        if server.process.poll() is not None:
+            raise RuntimeError(f"the server has ended; {server.last_words()}; {tally.failures}")
         for http in https:
             await http.aclose()
         stats = await at_rest(side)
