@@ -151,6 +151,11 @@ class Decoder:
             cu, positions.flatten(), width, slots.flatten(), table, lens, self.page_size, fresh=False, alone=self.alone
         )  # fmt: skip
 
+    def prepare(self, kind: Kind) -> None:
+        """What a step keeps for the next one is made here, where a compiler should find it made."""
+        for width in range(1, kind.width + self.modules):
+            self._running(kind.sequences, width, self.slots.device)
+
     def _running(self, S: int, width: int, device: torch.device) -> Tensor:
         """`[S + 1]` int32: 0, width, 2 width ...; made once, before anything is captured."""
         if (S, width) not in self._sums:

@@ -7,6 +7,7 @@ compiled for a CPU (`compiled.py`), or operation by operation.
 from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,12 +142,13 @@ class Runner:
             weight.device,
         )  # fmt: skip
         self.compiled, self._say = compiled, say
-        self._steps: dict[tuple[int, int], Compiled] = {}
-        self.decoder = Decoder(
-            self.slots, self._main, self._module, model.logits, self.modules, PAGE, allowed, alone=deterministic
-        )
+        self._parts: dict[tuple[int, int, int], Compiled] = {}
+        self._steps: dict[Kind, Compiled] = {}
+        about = (model.logits, self.modules, PAGE, allowed, deterministic)
+        self.decoder = Decoder(self.slots, self._main, self._further, *about)
+        self._inside = Decoder(self.slots, self._whole, self._module, *about)  # what is compiled as one
         self.prefill = Prefill(
-            self.slots, self._hidden, self._module, model.logits, self.modules, PAGE, workspace, allowed,
+            self.slots, self._run, self._module, model.logits, self.modules, PAGE, workspace, allowed,
             running * (1 + drafts) if deterministic else 0,
         )  # fmt: skip
         # What reads lengths on the host cannot be captured: the ladder's rungs, and coupled RoPE.
@@ -162,9 +164,6 @@ class Runner:
         picks = torch.stack([r.indices for r in routings]) if routings else tokens.new_zeros(0, tokens.shape[0], 1)
         return states, picks
 
-    def _hidden(self, tokens: Tensor, packing: Packing, path: str | None) -> tuple[Tensor, Tensor]:
-        return self._run(tokens, packing, path)
-
     def _whole(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
         states, picks = self._run(tokens, packing)
         return states, self.model.logits(states), picks
@@ -172,10 +171,27 @@ class Runner:
     def _main(self, tokens: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
         if not self.compiled:
             return self._whole(tokens, packing)
-        shape = (packing.sequences, packing.max_len)
-        if shape not in self._steps:
-            self._steps[shape] = Compiled(self._whole, self._say)
-        return self._steps[shape](tokens, packing)
+        return self._part((0, packing.sequences, packing.max_len), self._whole)(tokens, packing)
+
+    def _further(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
+        if not self.compiled:
+            return self._module(depth, states, ahead, packing)
+        return self._part((depth, packing.sequences, packing.max_len), self._module)(depth, states, ahead, packing)
+
+    def _part(self, key: tuple[int, int, int], part: Callable[..., Any]) -> Compiled:
+        if key not in self._parts:
+            self._parts[key] = Compiled(part, self._say)
+        return self._parts[key]
+
+    def _step(self, order: Tensor, kind: Kind, masks: Tensor | None) -> Decoded:
+        """A step without CUDA graphs. Where all are greedy and nothing further is asked for it is compiled as one; of
+        any other the model's parts are."""
+        if not self.compiled or kind != Kind(kind.sequences, kind.width, kind.drafts):
+            return self.decoder.step(order, kind, masks)
+        if kind not in self._steps:
+            self._inside.prepare(kind)
+            self._steps[kind] = Compiled(self._inside.step, self._say)
+        return self._steps[kind](order, kind)
 
     def _module(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
         layer = self.cache.layers[self.model.config.num_hidden_layers + depth - 1]
@@ -203,7 +219,7 @@ class Runner:
             whole = np.full((size, *masks.shape[1:]), -1, dtype=np.int32)
             whole[: len(slots)] = masks
             bits = upload(whole, torch.int32, self.device)
-        run = self.graphs or self.decoder.step
+        run = self.graphs or self._step
         lap.begin()
         return Pending(run(order, kind, bits), len(slots), kind, self.device.type == "cuda")
 
