@@ -36,10 +36,12 @@ def _view(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 
 @triton.jit
-def _sum_rows(rows, place, y, D, K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_rows(rows, place, plus, y, D, K: tl.constexpr, BLOCK: tl.constexpr, PLUS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
+    if PLUS:
+        total += tl.load(plus + token * D + columns, mask=columns < D, other=0.0).to(tl.float32)
     for k in tl.static_range(K):
         row = tl.load(place + token * K + k).to(tl.int64)
         total += tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
@@ -56,12 +58,13 @@ def _sum_parts(parts, place, out, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + at, total.to(out.dtype.element_ty), mask=at < N)
 
 
-def sum_rows(rows: Tensor, place: Tensor, tokens: int) -> Tensor:
-    """`[T, D]`: each token's K rows of `[N, D]`, added in float32 in the order of its choices."""
+def sum_rows(rows: Tensor, place: Tensor, tokens: int, plus: Tensor | None = None) -> Tensor:
+    """`[T, D]`: each token's K rows of `[N, D]`, added in float32 in the order of its choices, to `plus [T, D]`."""
     D, chosen = rows.shape[1], rows.shape[0] // tokens
     y = torch.empty(tokens, D, dtype=rows.dtype, device=rows.device)
     block = min(2048, triton.next_power_of_2(D))
-    _sum_rows[(tokens, triton.cdiv(D, block))](rows, place, y, D, chosen, block)
+    more = rows if plus is None else plus.contiguous()
+    _sum_rows[(tokens, triton.cdiv(D, block))](rows, place, more, y, D, chosen, block, plus is not None)
     return y
 
 
@@ -234,3 +237,13 @@ def grouped_experts(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tens
     x, w1, w2, w3 = (t.contiguous() for t in (x, w1, w2, w3))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, w3, weights))
     return _forward(x, w1, w2, w3, indices, weights, keep)[0]
+
+
+def grouped_experts_plus(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, plus: Tensor
+) -> Tensor:
+    """`grouped_experts` and `plus [T, D]`, added before rounding; for at least one choice, without gradients."""
+    x, w1, w2, w3 = (t.contiguous() for t in (x, w1, w2, w3))
+    order = order_by_expert(indices, weights, w1.shape[0])
+    hidden, _ = up_product(x, w1, w3, order, keep=False)
+    return sum_rows(down_product(hidden, w2, order), order.place, x.shape[0], plus)

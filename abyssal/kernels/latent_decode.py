@@ -15,11 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from abyssal.kernels.gate import dependent
-
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
-TOGETHER = 64  # up to so many queries times heads are merged and taken out of the latent space by one launch
 ALONE = 32  # ranges a sequence is split into at most, where they may depend on its own length alone
 
 # 2^120: what bf16's wider exponent takes from an e4m3 number whose bits are moved into place.
@@ -87,7 +84,8 @@ def _attend(
         own = (tl.load(context_lens + s) + BN - 1) // BN
         chunk = _share(own, SPLITS)
         tile = p % SPLITS * chunk
-        last = tl.where(tl.load(cu_q + s + 1) > tl.load(cu_q + s), tl.minimum(tile + chunk, own), 0)
+        reached = (tl.load(cu_q + s + 1) - tl.load(cu_q + s)) * H > block * BM
+        last = tl.where(reached, tl.minimum(tile + chunk, own), 0)
     else:
         n = _tiles(cu_q, context_lens, S, block * BM, H, S_PAD, BN)
         total = tl.sum(n)
@@ -196,11 +194,17 @@ def _parts(
     """Of query t and head h: its row among its sequence's, and the first and last range that its sequence lies in,
     counted within the sequence where ranges are its own; `base`: what its own ranges begin at."""
     i = tl.arange(0, S_PAD)
-    s = tl.sum(((tl.load(cu_q + i + 1, mask=i < S, other=2**31 - 1) <= t) & (i < S)).to(tl.int32))
+    if S_PAD == 1:
+        s = 0
+    else:
+        s = tl.sum(((tl.load(cu_q + i + 1, mask=i < S, other=2**31 - 1) <= t) & (i < S)).to(tl.int32))
     row = (t - tl.load(cu_q + s)) * H + h
     if SPLITS > 0:
         own = (tl.load(context_lens + s) + BN - 1) // BN
         first, last = 0, (own - 1) // _share(own, SPLITS)
+    elif S_PAD == 1:
+        own = (tl.load(context_lens) + BN - 1) // BN
+        first, last = 0, (own - 1) // tl.maximum((own + P - 1) // P, 1)
     else:
         n = _tiles(cu_q, context_lens, S, row // BM * BM, H, S_PAD, BN)
         chunk = tl.maximum((tl.sum(n) + P - 1) // P, 1)
@@ -244,11 +248,9 @@ def _merged(
 def _merge(
     cu_q, context_lens, out, lse, part, part_lse, S, P,
     H: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr, TELL: tl.constexpr,
+    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One query of one head and BC columns a program, where a sequence's tiles lay in more than one range."""
-    if TELL:
-        tl.extra.cuda.gdc_launch_dependents()
     t, h = tl.program_id(0) // H, tl.program_id(0) % H
     row, first, last, base = _parts(cu_q, context_lens, t, h, S, P, H, S_PAD, BLOCKS, BM, BN, SPLITS)
     if first < last:
@@ -287,30 +289,6 @@ def _merge_values(
     tl.store(y + where * V + v, total.to(y.dtype.element_ty), mask=v < V)
 
 
-@triton.jit(do_not_specialize=["T"])
-def _values(
-    x, w_uv, y, T, stride_h, stride_v,
-    H: tl.constexpr, C: tl.constexpr, V: tl.constexpr, CP: tl.constexpr, BT: tl.constexpr, BV: tl.constexpr,
-    PDL: tl.constexpr,
-):  # fmt: skip
-    """BT tokens of one head and BV of their values. W_UV is asked for before the launch before is waited for."""
-    h, v, c = tl.program_id(0), tl.program_id(1) * BV + tl.arange(0, BV), tl.arange(0, CP)
-    t = tl.program_id(2) * BT + tl.arange(0, BT)
-    w = tl.load(
-        w_uv + h.to(tl.int64) * stride_h + v[None, :] * stride_v + c[:, None],
-        mask=(v < V)[None, :] & (c < C)[:, None], other=0.0,
-    )  # fmt: skip
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    place = t.to(tl.int64) * H + h
-    rows = tl.load(x + place[:, None] * C + c[None, :], mask=(t < T)[:, None] & (c < C)[None, :], other=0.0)
-    total = tl.dot(rows, w, input_precision="ieee")
-    tl.store(
-        y + place[:, None] * V + v[None, :], total.to(y.dtype.element_ty), mask=(t < T)[:, None] & (v < V)[None, :]
-    )
-
-
 def latent_decode(
     q_latent: Tensor,
     q_rope: Tensor,
@@ -329,7 +307,8 @@ def latent_decode(
 
     `rows` are of q_latent's dtype or uint8, packed e4m3 (`ops/latent_rows.py`). No sequence brings more than `max_q`
     queries. `alone`: a sequence is split by its own length, whatever else is in the batch, so that its results are
-    the same bits beside any others. With `w_uv [H, V, C]` the result is `[T, H, V]`, taken out of the latent space.
+    the same bits beside any others. With `w_uv [H, V, C]` the result is `[T, H, V]`, taken out of the latent space
+    while it is merged.
     `tiling` overrides BM, BN, STAGES, warps, fill (programs a multiprocessor).
     """
     T, H, C = q_latent.shape
@@ -339,7 +318,7 @@ def latent_decode(
     wide = torch.promote_types(q_latent.dtype, torch.float32)
     lse = torch.empty(T, H, dtype=wide, device=q_latent.device)
     if not (T and S and H):
-        return out if w_uv is None else values(out, w_uv), lse
+        return out, lse
     use = _tiling(q_latent.dtype, fp8, H * max_q, q_latent.device) | (tiling or {})
     BM, BN = use["BM"], use["BN"]
     blocks = triton.cdiv(max_q * H, BM)
@@ -369,22 +348,25 @@ def latent_decode(
 def merge(
     cu_q: Tensor, context_lens: Tensor, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor,
     P: int, blocks: int, BM: int, BN: int, splits: int = 0, w_uv: Tensor | None = None,
+    cut: tuple[int, int, int] = (16, 8, 8),
 ) -> Tensor:  # fmt: skip
     """Fills `out` and `lse` where a sequence's tiles lay in several of the P ranges, of which each sequence has
     `splits` of its own where that is not 0. Returns `out`, or with `w_uv` its values `[T, H, V]`; `out` may then be
-    left as it was."""
+    left as it was. `cut`: values a program, parts at a time, warps."""
     T, H, C = out.shape
     S = context_lens.shape[0]
     same = {
-        "H": H, "C": C, "S_PAD": max(triton.next_power_of_2(S), 128), "BLOCKS": blocks, "BM": BM, "BN": BN,
-        "P_PAD": triton.next_power_of_2(splits or P), "SPLITS": splits,
+        # One sequence needs no search for its own, whose sums over lanes take longer than all else.
+        "H": H, "C": C, "S_PAD": 1 if S == 1 else max(triton.next_power_of_2(S), 128), "BLOCKS": blocks, "BM": BM,
+        "BN": BN, "P_PAD": triton.next_power_of_2(splits or P), "SPLITS": splits,
     }  # fmt: skip
-    if w_uv is not None and T * H <= TOGETHER:
-        V, (w_uv, stride_h, stride_v) = w_uv.shape[1], _strided(w_uv)
+    if w_uv is not None:
+        V, w_uv = w_uv.shape[1], w_uv if w_uv.stride(2) == 1 else w_uv.contiguous()
         y = torch.empty(T, H, V, dtype=out.dtype, device=out.device)
-        _merge_values[(T * H, triton.cdiv(V, 16))](
-            cu_q, context_lens, out, lse, part, part_lse, w_uv, y, S, P, stride_h, stride_v,
-            V=V, CP=triton.next_power_of_2(C), BP=8, BV=16, num_warps=8, **same,
+        width, at_once, warps = cut
+        _merge_values[(T * H, triton.cdiv(V, width))](
+            cu_q, context_lens, out, lse, part, part_lse, w_uv, y, S, P, w_uv.stride(0), w_uv.stride(1),
+            V=V, CP=triton.next_power_of_2(C), BP=at_once, BV=width, num_warps=warps, **same,
         )  # fmt: skip
         return y
     # Few rows are cut finely, to be merged by many programs; of many, most have nothing to merge and should cost
@@ -393,28 +375,9 @@ def merge(
     columns = min(triton.next_power_of_2(C), columns)
     _merge[(T * H, triton.cdiv(C, columns))](
         cu_q, context_lens, out, lse, part, part_lse, S, P,
-        BC=columns, BP=at_once, TELL=w_uv is not None and dependent(out), num_warps=4, **same,
+        BC=columns, BP=at_once, num_warps=4, **same,
     )  # fmt: skip
-    return out if w_uv is None else values(out, w_uv)
-
-
-def values(out: Tensor, w_uv: Tensor) -> Tensor:
-    """`[T, H, C]`, contiguous, and `w_uv [H, V, C]` -> `[T, H, V]`: a product a head."""
-    (T, H, C), V = out.shape, w_uv.shape[1]
-    y = torch.empty(T, H, V, dtype=out.dtype, device=out.device)
-    if T:
-        w_uv, stride_h, stride_v = _strided(w_uv)
-        BT, BV, pdl = min(max(triton.next_power_of_2(T), 16), 32), 16, dependent(out)
-        _values[(H, triton.cdiv(V, BV), triton.cdiv(T, BT))](
-            out, w_uv, y, T, stride_h, stride_v, H=H, C=C, V=V, CP=max(triton.next_power_of_2(C), 16), BT=BT, BV=BV,
-            PDL=pdl, num_warps=4, launch_pdl=pdl,
-        )  # fmt: skip
-    return y
-
-
-def _strided(w: Tensor) -> tuple[Tensor, int, int]:
-    w = w if w.stride(2) == 1 else w.contiguous()
-    return w, w.stride(0), w.stride(1)
+    return out
 
 
 def processors(device: torch.device) -> int:

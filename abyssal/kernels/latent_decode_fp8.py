@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from abyssal.kernels.gluon import thread_barrier
-from abyssal.kernels.latent_decode import LOG2E, REBIAS, merge, processors, values
+from abyssal.kernels.latent_decode import LOG2E, REBIAS, merge, processors
 from abyssal.kernels.latent_ranges import BN, range_of, tiles_of
 
 # As `latent_decode.E4M3_TO_BF16`, a word of four bytes to two words of two, by a float32 factor.
@@ -309,7 +309,7 @@ def latent_decode_fp8(
     out = torch.empty(T, H, C, dtype=q_latent.dtype, device=q_latent.device)
     lse = torch.empty(T, H, dtype=torch.float32, device=q_latent.device)
     if not (T and S and H):
-        return out if w_uv is None else values(out, w_uv), lse
+        return out, lse
     BM = 16 if max_q * H <= 16 else 32
     blocks = triton.cdiv(max_q * H, BM)
     P = max(processors(q_latent.device) // blocks, 1)
@@ -323,6 +323,6 @@ def latent_decode_fp8(
         q_latent, q_rope, latents, ropes, rows.view(torch.float32), cu_q, block_table, context_lens, out, lse, part,
         part_lse, S, P, block_table.stride(0), page_size,
         q_latent.stride(0), q_latent.stride(1), q_rope.stride(0), q_rope.stride(1), scale * LOG2E, H,
-        S_PAD=max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, **use, num_warps=4,
+        S_PAD=1 if S == 1 else max(triton.next_power_of_2(S), 128), BLOCKS=blocks, BM=BM, **use, num_warps=4,
     )  # fmt: skip
     return merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64, w_uv=w_uv), lse

@@ -137,15 +137,13 @@ def latent_decode_hopper(
     page_size: int,
     max_q: int,
     scale: float,
-    w_uv: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`[T, H, 512]` bf16 and its natural log-sum-exp `[T, H]` float32: `ops.latent_decode` for bf16 rows on Hopper.
 
     `q_latent [T, H, 512]`, `q_rope [T, H, 64]` (any strides but the last), `rows [pages * 64, 576]` contiguous, all
     bf16; `cu_q [S+1]`, `block_table [S, P]`, `context_lens [S]` int32; `max_q` at least the queries of any sequence;
     `scale` positive. Nothing is read past ceil(length / 64) pages of a sequence, and nothing depends on the host's
-    knowledge of lengths: a CUDA graph can be replayed at others, with as many sequences and queries. With
-    `w_uv [H, V, 512]` the result is `[T, H, V]`.
+    knowledge of lengths: a CUDA graph can be replayed at others, with as many sequences and queries.
 
     Blocks wait for each other while they merge, and count launches in flags that a stream owns: no two launches that
     were issued or captured on one stream may run at the same time.
@@ -164,7 +162,7 @@ def latent_decode_hopper(
     out = torch.empty(T, H, 512, dtype=torch.bfloat16, device=rows.device)
     lse = torch.empty(T, H, dtype=torch.float32, device=rows.device)
     if not T:
-        return out if w_uv is None else values(out, w_uv), lse
+        return out, lse
     if q_latent.stride(2) != 1:
         q_latent = q_latent.contiguous()
     if q_rope.stride(2) != 1:
@@ -182,4 +180,4 @@ def latent_decode_hopper(
         BLOCK_S=max(128, 1 << (S - 1).bit_length()), G=G, F=UNIT_COST[G], LEAST=LEAST_PAGES,
         num_warps=4, maxnreg=128, **SETTINGS
     )  # fmt: skip
-    return out if w_uv is None else values(out, w_uv), lse
+    return out, lse

@@ -23,6 +23,10 @@ def tiles_of(cu_q, context_lens, s, H, block, BM: gl.constexpr):
 @gluon.jit
 def range_of(p, P, cu_q, context_lens, S, H, block, S_PAD: gl.constexpr, BM: gl.constexpr):
     """Range p of P: the sequence it begins in, that sequence's first tile, the range's first tile, and its end."""
+    if S_PAD == 1:
+        _, _, _, count = tiles_of(cu_q, context_lens, 0, H, block, BM)
+        chunk = gl.maximum((count + P - 1) // P, 1)
+        return 0, 0, p * chunk, gl.minimum(p * chunk + chunk, count)
     i = gl.arange(0, S_PAD, gl.BlockedLayout([1], [32], [4], [0]))
     queries = gl.load(cu_q + i + 1, mask=i < S, other=0) - gl.load(cu_q + i, mask=i < S, other=0)
     lens = gl.load(context_lens + i, mask=i < S, other=0)

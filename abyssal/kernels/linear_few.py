@@ -12,7 +12,8 @@ from torch import Tensor
 
 from abyssal.kernels.gate import dependent
 
-SHARE = 32768  # numbers of W a program, 64 registers of each of its 256 threads
+SMS = 132  # of an H100
+SHARE = 4096  # numbers of W a warp, 64 registers of each thread
 WIDEST = 4096  # columns
 
 
@@ -40,7 +41,8 @@ def linear(x: Tensor, weight: Tensor, cut: tuple[int, int] | None = None) -> Ten
     x = x if x.stride(1) == 1 else x.contiguous()
     out = torch.empty(T, N, dtype=x.dtype, device=x.device)
     KP = max(triton.next_power_of_2(K), 256)
-    rows, warps = cut or (max(min(SHARE // KP, triton.next_power_of_2(triton.cdiv(N, 264))), 1), 8)
+    rows, warps = cut or ((16, 8) if N <= 16 * SMS else (8, 4))
+    rows = max(min(rows, warps * SHARE // KP), 1)
     pdl = dependent(x)
     _linear[(triton.cdiv(N, rows),)](
         x, weight, out, N, x.stride(0), T=T, K=K, KP=KP, BN=rows, PDL=pdl, num_warps=warps, launch_pdl=pdl

@@ -81,6 +81,8 @@ def added_positions(config: ModelConfig, positions_T: Tensor, dtype: torch.dtype
     sinusoidal: sin and cos of geometric frequencies (Vaswani et al. 2017, section 3.5).
     """
     width, kind = config.hidden_size, config.position
+    if kind in ("none", "rope", "decoupled"):
+        return None
     place = positions_T[:, None]
     dim = torch.arange(width, device=positions_T.device)
     if kind == "integer":

@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from abyssal.ops.device import capability
-from abyssal.ops.linear import linear
+from abyssal.ops.gated import gated
+from abyssal.ops.linear import adjoining, linear
 
 # Up to this many choices of an expert a compiled multiply-and-sum reads the weights faster than products do.
 FEW_CHOICES = 32
@@ -65,10 +66,13 @@ def _chosen(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weig
 
 
 def read_together(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, shared_w1: Tensor) -> bool:
-    """Whether `with_shared` reads routed and shared experts in the same launches: few tokens of bf16 on a GPU, no
-    gradient, nothing being compiled."""
-    alike = x.dtype == w1.dtype == shared_w1.dtype and shared_w1.shape[0] % w1.shape[1] == 0
-    return alike and not torch.compiler.is_compiling() and _chosen(x, w1, w2, w3, indices, x) == "decode"
+    """Whether `with_shared` serves: routed and shared experts in the same launches, or the sum of both in one. bf16 on
+    a GPU, no gradient, nothing being compiled."""
+    if torch.compiler.is_compiling() or not x.dtype == w1.dtype == shared_w1.dtype:
+        return False
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, w3, shared_w1))
+    path = _chosen(x, w1, w2, w3, indices, x)
+    return not learns and (path == "fused" or (path == "decode" and shared_w1.shape[0] % w1.shape[1] == 0))
 
 
 def with_shared(
@@ -78,14 +82,21 @@ def with_shared(
     """`[T, D]`: `experts`, and beside them the shared experts w2(silu(w1 x) · w3 x), which see every token.
 
     `shared_w1`, `shared_w3` `[F', D]`, `shared_w2 [D, F']`, F' a multiple of F. Paths as in `experts`; on "decode" the
-    shared experts are read in the same launches.
+    shared experts are read in the same launches, on "fused" their result is added where the choices' are summed.
+    Neither has gradients.
     """
     path = path or _chosen(x, w1, w2, w3, indices, weights)
     if path == "decode":
         from abyssal.kernels.experts_decode import moe_decode
 
         return moe_decode(x, w1, w2, w3, indices, weights, shared_w1, shared_w2, shared_w3)
-    shared = linear(silu(linear(x, shared_w1)) * linear(x, shared_w3), shared_w2)
+    joined = adjoining([shared_w1, shared_w3])
+    a, b = (linear(x, shared_w1), linear(x, shared_w3)) if joined is None else linear(x, joined).chunk(2, -1)
+    shared = linear(gated(a, b), shared_w2)
+    if path == "fused":
+        from abyssal.kernels.experts import grouped_experts_plus
+
+        return grouped_experts_plus(x, w1, w2, w3, indices, weights, shared)
     return experts(x, w1, w2, w3, indices, weights, path) + shared
 
 

@@ -6,6 +6,7 @@ products are summed, never concatenated.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import isfinite
 
 import numpy as np
@@ -24,6 +25,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 # Of the two Hopper kernels for bf16 rows, one is for up to so many queries times heads a sequence, and where the block
 # table cannot name more cached rows than this (docs/kernels.md).
 FEW_ROWS, FEW_CACHED = 64, 1 << 15
+
+# Up to so many queries times heads, merging and W_UV are one launch.
+MERGED = 16
 
 # On a CPU contexts are cut in blocks of this many rows; what lies past a sequence's length is masked. Contexts of up
 # to SHORT rows are rather copied together than attended to one by one.
@@ -115,18 +119,24 @@ def _latent_decode(
     path = path or _choose(q_latent, q_rope, rows, context_lens, page_size)
     if alone:
         path = "triton" if path == "hopper" else "reference" if path == "flash" else path
-    if path == "triton":
-        from abyssal.kernels.latent_decode import latent_decode as kernel
+    if path in ("triton", "hopper"):
+        T, H = q_latent.shape[:2]
+        most = T if max_q is None else max_q
+        attend: Callable[..., tuple[Tensor, Tensor]]
+        if path == "triton":
+            from abyssal.kernels.latent_decode import latent_decode as portable
 
-        most = q_latent.shape[0] if max_q is None else max_q
-        out, lse = kernel(q_latent, q_rope, *where, most, scale, alone=alone, w_uv=w_uv)
-    elif path == "hopper":
-        most = q_latent.shape[0] if max_q is None else max_q
-        few = most * q_latent.shape[1] <= FEW_ROWS or block_table.numel() * page_size <= FEW_CACHED
-        out, lse = _hopper(packed, few)(q_latent, q_rope, *where, most, scale, w_uv)
+            attend = partial(portable, alone=alone)
+        else:
+            few = most * H <= FEW_ROWS or block_table.numel() * page_size <= FEW_CACHED
+            attend = _hopper(packed, few)
+        if w_uv is not None and 0 < T * H <= MERGED and (path == "triton" or packed or few):
+            out, lse = attend(q_latent, q_rope, *where, most, scale, w_uv=w_uv)
+            w_uv = None
+        else:
+            out, lse = attend(q_latent, q_rope, *where, most, scale)
     elif path == "reference":
         out, lse = _reference(q_latent, q_rope, *where, scale)
-        out = out if w_uv is None else per_head(out, w_uv)
     elif path == "flash" and _plain(q_latent, rows):
         out, lse = _flash_path(q_latent, q_rope, *where, scale, with_lse)
     else:
@@ -134,6 +144,7 @@ def _latent_decode(
             f"path: expected 'reference', 'triton', 'hopper', or 'flash' for rows of the queries' dtype on a CPU, "
             f"got {path!r}"
         )
+    out = out if w_uv is None else per_head(out, w_uv)
     return out, lse if with_lse else lse.new_empty(0)
 
 

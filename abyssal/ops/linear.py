@@ -46,11 +46,16 @@ def _is_one_row(x: Tensor, weight: Tensor) -> bool:
 
 
 def per_head(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
-    """A product a head: `x [T, H, in]`, `weight [H, out, in]` -> `[T, H, out]`. Paths as in `linear`."""
+    """A product a head: `x [T, H, in]`, `weight [H, out, in]` -> `[T, H, out]`, contiguous on a GPU in inference.
+    Paths as in `linear`."""
     if path is None:
         few = torch.compiler.is_compiling() and x.device.type == "cpu" and x.shape[0] <= FEW_ROWS
         path = "rowwise" if few else "matmul"
     if path == "matmul":
+        if x.device.type == "cuda" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            out = x.new_empty(*x.shape[:2], weight.shape[1])  # written in place, for what flattens it next
+            torch.bmm(x.transpose(0, 1), weight.transpose(1, 2), out=out.transpose(0, 1))
+            return out
         return torch.bmm(x.transpose(0, 1), weight.transpose(1, 2)).transpose(0, 1)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return (weight.to(wide)[None] * x.to(wide)[:, :, None]).sum(-1).to(x.dtype)

@@ -117,3 +117,20 @@ def test_compiled_for_few_tokens() -> None:
 def test_the_choice_follows_the_tensors() -> None:
     args = inputs(100, 128, 64, 8, 2, 8)
     assert torch.equal(experts(*args), experts(*args, path="fused"))
+
+
+@pytest.mark.parametrize("T", [1, 300, 3000])
+def test_shared_experts_are_added_where_the_choices_are_summed(T: int) -> None:
+    from abyssal.ops.experts import experts, with_shared
+    from abyssal.ops.linear import linear
+
+    D, F, E, K, S = 256, 128, 16, 4, 2
+    x = torch.randn(T, D, device="cuda").bfloat16()
+    shapes = (E, F, D), (E, D, F), (E, F, D), (S * F, D), (D, S * F), (S * F, D)
+    w1, w2, w3, s1, s2, s3 = ((torch.randn(s, device="cuda") / s[-1] ** 0.5).bfloat16() for s in shapes)
+    indices, weights = torch.rand(T, E, device="cuda").topk(K).indices, torch.rand(T, K, device="cuda")
+    with torch.inference_mode():
+        y = with_shared(x, w1, w2, w3, indices, weights, s1, s2, s3, path="fused").float()
+        shared = linear(torch.nn.functional.silu(linear(x, s1)) * linear(x, s3), s2).float()
+        expected = experts(x, w1, w2, w3, indices, weights, path="fused").float() + shared
+    assert (y - expected).norm() < 1e-2 * expected.norm()
