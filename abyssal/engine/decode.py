@@ -61,13 +61,16 @@ class Decoder:
         self.modules, self.page_size, self.allowed, self.alone = modules, page_size, allowed, alone
         self._sums: dict[tuple[int, int], Tensor] = {}
 
-    def step(self, order: Tensor, kind: Kind, masks: Tensor | None = None) -> Decoded:
-        """`order [S]` int64: the slots, filled up with the idle one. `masks [S, width, words]`: see `ops.sample`."""
+    def step(
+        self, order: Tensor, kind: Kind, masks: Tensor | None = None, main: Main | None = None
+    ) -> Decoded:  # fmt: skip
+        """`order [S]` int64: the slots, filled up with the idle one. `masks [S, width, words]`: see `ops.sample`.
+        `main` runs in place of our own, where it does more in the same pass."""
         s, W = self.slots, kind.width
         rows = step_rows(order, s.known, s.last, s.tables, W, self.page_size)
         known, drafts = rows.known, rows.tokens[:, 1:]
         packing = self.packing(rows.table, rows.positions, rows.slots, rows.context_lens)
-        states, logits, picks = self.main(rows.tokens.flatten(), packing)
+        states, logits, picks = (main or self.main)(rows.tokens.flatten(), packing)
         logits, states = logits.unflatten(0, (-1, W)), states.unflatten(0, (-1, W))
         settings = s.settings(order, kind.greedy)
         adjust = s.adjustments(order, masks, kind.biased, kind.penalised)

@@ -21,6 +21,7 @@ from abyssal.engine.decode import Kind
 from abyssal.engine.metrics import Metrics
 from abyssal.engine.options import Options, check
 from abyssal.engine.pages import Pages
+from abyssal.engine.prefill import PromptLogprobs
 from abyssal.engine.report import Report
 from abyssal.engine.request import Finish, Piece, Request
 from abyssal.engine.runner import PAGE, Lap, Pending, Result, Runner
@@ -179,32 +180,47 @@ class Engine:
 
     def _enqueue(self, plan: Plan) -> Enqueued:
         began, lap = time.perf_counter(), Lap(self.runner.device)
-        runner, slots = self.runner, self.runner.slots
+        runner, state = self.runner, self.runner.slots
         with torch.inference_mode():
-            slots.forget_loads([s.slot for s in plan.admitted])
-            slots.write_tables(plan.tables)
-        if plan.chunks:
-            for slot, said in runner.chunks([chunk for _, chunk in plan.chunks], lap).items():
-                owner = next(s for s, chunk in plan.chunks if chunk.slot == slot)
-                owner.push_prompt(said.logprob.tolist(), said.top_ids.tolist(), said.top_logprobs.tolist())
-        for s, _ in plan.chunks:
-            self.scheduler.register(s)
-        decoding = [*plan.decoding, *(new for s in plan.ready for new in self._ready(s))]
-        steps = []
+            state.forget_loads([s.slot for s in plan.admitted])
+            state.write_tables(plan.tables)
+        together = bool(plan.chunks and plan.decoding) and runner.mixes
+        if plan.chunks and not together:
+            self._prompts(plan, runner.chunks([chunk for _, chunk in plan.chunks], lap))
+        # In one pass with prompts, those that are ready only after it decode from the next step on.
+        decoding = [*plan.decoding, *(() if together else (new for s in plan.ready for new in self._ready(s)))]
+        steps: list[tuple[Pending, list[Sequence]]] = []
         wanted = self.speculation.wanted(len(decoding)) if decoding else False
         self.metrics.speculating = wanted
         for group, drafts in groups(decoding, self.options.drafts, wanted):
             kind = kind_of(group, drafts, self.model.config.vocab_size)
             masks = masks_of(group, drafts, runner.words) if kind.masked else None
-            steps.append((runner.step([s.slot for s in group], kind, lap, masks), group))
+            slots = [s.slot for s in group]
+            if together and not steps:
+                pending, said = runner.mixed([chunk for _, chunk in plan.chunks], slots, kind, lap, masks)
+                self._prompts(plan, said)
+            else:
+                pending = runner.step(slots, kind, lap, masks)
+            steps.append((pending, group))
             for s in group:
                 s.ahead += 1
+        if together:
+            for s in plan.ready:
+                self._ready(s)
         lap.begin()
         lap.end()
         enqueued = Enqueued(began, lap, steps, not plan.chunks)
         self._on_its_way.append(enqueued)
         self.metrics.steps += 1
         return enqueued
+
+    def _prompts(self, plan: Plan, said: dict[int, PromptLogprobs]) -> None:
+        """Pieces of prompts are on their way into the cache."""
+        for s, _ in plan.chunks:
+            self.scheduler.register(s)
+            if s.slot in said:
+                own = said[s.slot]
+                s.push_prompt(own.logprob.tolist(), own.top_ids.tolist(), own.top_logprobs.tolist())
 
     def _ready(self, s: Sequence) -> list[Sequence]:
         """All but the last token of `s` stand in the cache: it decodes from now on, and its siblings with it."""

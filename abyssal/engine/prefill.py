@@ -6,7 +6,6 @@ d - 1 with token p + d, so after a chunk that ends before token e its rows reach
 d - 1 that waits for its token is kept for the chunk to come.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
 
@@ -43,10 +42,6 @@ class PromptLogprobs:
     logprob: Tensor  # [t]
     top_ids: Tensor  # [t, n]
     top_logprobs: Tensor  # [t, n]
-
-
-Main = Callable[[Tensor, Packing, str | None], tuple[Tensor, Tensor]]
-"""tokens `[T]` and the path of their attention -> states `[T, D]` and picks `[layers, T, K]`."""
 
 
 def packed(
@@ -103,31 +98,32 @@ def _running(sizes: Several[int]) -> list[int]:
 
 
 class Prefill:
-    """Passes over chunks, for the sequences in `slots`."""
+    """What goes before and after the main model's pass over chunks, for the sequences in `slots`."""
 
     def __init__(
-        self, slots: Slots, main: Main, module: Module, head: Head, modules: int, page_size: int, workspace: int,
+        self, slots: Slots, module: Module, head: Head, modules: int, page_size: int, workspace: int,
         allowed: int | None, fixed: int = 0,
     ) -> None:  # fmt: skip
         """`workspace`: where the contexts of a pass hold more tokens than this, keys and values are not expanded.
         `fixed`: as in `packed`; no pass may have more tokens."""
-        self.slots, self.main, self.module, self.head, self.modules = slots, main, module, head, modules
+        self.slots, self.module, self.head, self.modules = slots, module, head, modules
         self.page_size, self.workspace, self.allowed, self.fixed = page_size, workspace, allowed, fixed
 
-    def chunks(
-        self, chunks: Several[Chunk], begin: Callable[[], None] = lambda: None
-    ) -> dict[int, PromptLogprobs]:  # fmt: skip
-        """Writes the rows of all chunks. Returns what was asked for of the prompts' tokens, by slot. `begin` is called
-        when the device is about to."""
-        device = self.slots.device
-        lens = [c.end - c.start for c in chunks]
-        packing = packed([(c.pages, c.start, c.end) for c in chunks], self.page_size, device, self.fixed)
+    def prepare(self, chunks: Several[Chunk]) -> tuple[Tensor, Packing, str | None]:
+        """What the main model is given for these: ids, where they lie, and the path of their attention."""
+        packing = packed(
+            [(c.pages, c.start, c.end) for c in chunks], self.page_size, self.slots.device, self.fixed
+        )  # fmt: skip
         ids = self._ids([id for c in chunks for id in c.tokens[c.start : c.end]], packing)
-        reads = sum(c.end for c in chunks)
-        path = "absorbed" if not packing.fresh and (self.fixed or reads > self.workspace) else None
-        begin()
-        states, picks = (t[..., : sum(lens), :] for t in self.main(ids, packing, path))
-        slots = upload(np.repeat([c.slot for c in chunks], lens), torch.int64, device)
+        absorbs = self.fixed or sum(c.end for c in chunks) > self.workspace
+        return ids, packing, "absorbed" if absorbs and not packing.fresh else None
+
+    def finish(self, chunks: Several[Chunk], states: Tensor, picks: Tensor) -> dict[int, PromptLogprobs]:
+        """After the main model: the modules' rows, the experts' load, and what was asked for of the prompts' tokens, by
+        slot. `states [T, D]`, `picks [layers, T, K]`, idle rows at the end."""
+        lens = [c.end - c.start for c in chunks]
+        states, picks = states[: sum(lens)], picks[:, : sum(lens)]
+        slots = upload(np.repeat([c.slot for c in chunks], lens), torch.int64, self.slots.device)
         count_experts(self.slots.load, slots, picks)
         if self.modules:
             self._further(chunks, states.split(lens))

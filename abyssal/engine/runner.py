@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from abyssal.engine.compiled import Compiled
@@ -148,7 +149,7 @@ class Runner:
         self.decoder = Decoder(self.slots, self._main, self._further, *about)
         self._inside = Decoder(self.slots, self._whole, self._module, *about)  # what is compiled as one
         self.prefill = Prefill(
-            self.slots, self._run, self._module, model.logits, self.modules, PAGE, workspace, allowed,
+            self.slots, self._module, model.logits, self.modules, PAGE, workspace, allowed,
             running * (1 + drafts) if deterministic else 0,
         )  # fmt: skip
         # What reads lengths on the host cannot be captured: the ladder's rungs, and coupled RoPE.
@@ -202,10 +203,38 @@ class Runner:
 
     @torch.inference_mode()
     def chunks(self, chunks: Several[Chunk], lap: Lap) -> dict[int, PromptLogprobs]:
-        return self.prefill.chunks(chunks, lap.begin)
+        """A pass over prompts alone."""
+        ids, packing, path = self.prefill.prepare(chunks)
+        lap.begin()
+        return self.prefill.finish(chunks, *self._run(ids, packing, path))
 
     @torch.inference_mode()
-    def step(self, slots: Several[int], kind: Kind, lap: Lap, masks: np.ndarray | None = None) -> Pending:
+    def mixed(
+        self, chunks: Several[Chunk], slots: Several[int], kind: Kind, lap: Lap, masks: NDArray[np.int32] | None = None
+    ) -> tuple[Pending, dict[int, PromptLogprobs]]:
+        """Prompts and a decoding step in one pass: every weight is read once for both."""
+        ids, packing, path = self.prefill.prepare(chunks)
+        rest: list[Tensor] = []
+
+        def main(tokens: Tensor, own: Packing) -> tuple[Tensor, Tensor, Tensor]:
+            states, picks = self._run(torch.cat((tokens, ids)), Packing.joined([own, packing]), path)
+            count = tokens.shape[0]
+            rest.extend((states[count:], picks[:, count:]))
+            return states[:count], self.model.logits(states[:count]), picks[:, :count]
+
+        order, bits = self._order(slots, len(slots), masks)
+        lap.begin()
+        decoded = self.decoder.step(order, kind._replace(sequences=len(slots)), bits, main)
+        said = self.prefill.finish(chunks, *rest)
+        return Pending(decoded, len(slots), kind, self.device.type == "cuda"), said
+
+    @property
+    def mixes(self) -> bool:
+        """Whether `mixed` may be used: not where a step must have one shape."""
+        return not self.fixed
+
+    @torch.inference_mode()
+    def step(self, slots: Several[int], kind: Kind, lap: Lap, masks: NDArray[np.int32] | None = None) -> Pending:
         """One decoding step of these slots; `kind.sequences` is filled in here. `masks [S, width, words]` int32."""
         size = len(slots)
         if self.graphs is not None:
@@ -213,15 +242,21 @@ class Runner:
         if self.fixed:
             size = self.running
         kind = kind._replace(sequences=size)
-        order = upload([*slots, *[self.running] * (size - len(slots))], torch.int64, self.device)
-        bits = None
-        if masks is not None:
-            whole = np.full((size, *masks.shape[1:]), -1, dtype=np.int32)
-            whole[: len(slots)] = masks
-            bits = upload(whole, torch.int32, self.device)
+        order, bits = self._order(slots, size, masks)
         run = self.graphs or self._step
         lap.begin()
         return Pending(run(order, kind, bits), len(slots), kind, self.device.type == "cuda")
+
+    def _order(
+        self, slots: Several[int], size: int, masks: NDArray[np.int32] | None
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Slots filled up to `size` with the idle one, and their masks, on the device."""
+        order = upload([*slots, *[self.running] * (size - len(slots))], torch.int64, self.device)
+        if masks is None:
+            return order, None
+        whole = np.full((size, *masks.shape[1:]), -1, dtype=np.int32)
+        whole[: len(slots)] = masks
+        return order, upload(whole, torch.int32, self.device)
 
     @torch.inference_mode()
     def copy_pages(self, pairs: Several[tuple[int, int]]) -> None:
@@ -251,10 +286,11 @@ class Runner:
     def warm(self, kinds: Several[Kind], prompt: int) -> None:
         """A prompt of `prompt` tokens in the scratch page's place and every kind of step: what is compiled when it is
         first met should not be met within a request."""
+        tokens = [0] * (min(prompt, PAGE) + self.modules + 1)
+        last = len(tokens) - self.modules - 1
+        for start in (0, last - 1):  # without and with a context
+            self.chunks([Chunk(self.running, tokens, [0], start, last, 0)], Lap(self.device))
         with torch.inference_mode():
-            length = min(prompt, PAGE)
-            self.prefill.chunks([Chunk(self.running, [0] * (length + self.modules + 1), [0], 0, length, 0)])
-            self.prefill.chunks([Chunk(self.running, [0] * (length + self.modules + 1), [0], length - 1, length, 0)])
             if self.graphs is not None:
                 self.graphs.warm(kinds)
         self.slots.load.zero_()

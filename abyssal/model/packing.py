@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class Packing:
     cu_context: Tensor | None = None  # [S+1] int32: sequence s's context is context_rows[cu_context[s]:cu_context[s+1]]
     max_context: int = 0  # no context is longer
 
+    # Several batches in one pass: all but attention takes their tokens together.
+    parts: tuple["Packing", ...] = ()
+
     alone: bool = False  # no sequence's result may depend, not in a bit, on what else is in the batch
 
     @staticmethod
@@ -48,6 +52,16 @@ class Packing:
         cu_seqlens = cumulative(sizes)
         positions = torch.cat([torch.arange(n) for n in sizes]) if sizes else torch.zeros(0, dtype=torch.int64)
         return Packing(cu_seqlens.to(tokens.device), positions.to(tokens.device), max(sizes, default=0))
+
+    @staticmethod
+    def joined(parts: "Sequence[Packing]") -> "Packing":
+        """One pass over the tokens of all `parts`, whose sequences go on to attend each part by itself."""
+        starts = [0, *accumulate(part.positions.shape[0] for part in parts)]
+        sums = [part.cu_seqlens[:-1] + start for part, start in zip(parts, starts)]
+        end = parts[-1].cu_seqlens[-1:] + starts[-2]
+        positions = torch.cat([part.positions for part in parts])
+        longest = max(part.max_len for part in parts)
+        return Packing(torch.cat([*sums, end]), positions, longest, parts=tuple(parts))
 
     @property
     def sequences(self) -> int:

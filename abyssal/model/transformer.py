@@ -52,10 +52,24 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Routing | None]:
         """The stream after attention, what is yet to be added to it, and what the gate decided; `normed` is
         `attn_norm(x)`."""
-        x, normed = self.ffn_norm.of_sum(x, self.attn(normed, angles, packing, cache, path))
+        x, normed = self.ffn_norm.of_sum(x, self.attend(normed, angles, packing, cache, path))
         y = self.ffn(normed)
         y, routing = y if isinstance(y, tuple) else (y, None)
         return x, y, routing
+
+    def attend(
+        self, normed: Tensor, angles: Rotary | None, packing: Packing, cache: dict[str, Tensor] | None, path: str | None
+    ) -> Tensor:
+        """Attention, of each part by itself where the packing has several: one decodes, another is of prompts."""
+        if not packing.parts:
+            return cast(Tensor, self.attn(normed, angles, packing, cache, path))
+        outs, start = [], 0
+        for part in packing.parts:
+            own = slice(start, start + part.positions.shape[0])
+            turned = None if angles is None else Rotary(angles.cos[own], angles.sin[own])
+            outs.append(self.attn(normed[own], turned, part, cache, path))
+            start = own.stop
+        return torch.cat(outs)
 
 
 class Hidden(NamedTuple):
