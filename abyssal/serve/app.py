@@ -136,9 +136,10 @@ def _described(
     told: dict[str, Any] = {"responses": _responses((*(_GET if asked is None else _POST), *errors))}
     if answer is not None:
         told["responses"][200] = {"model": answer}
-    if event is not None:  # as OpenAPI 3.2 describes streams; the last event's data is [DONE]
-        chunk = {"$ref": f"#/components/schemas/{event.__name__}"}
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}
+    if event is not None:  # as OpenAPI 3.2 describes streams
+        content = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in (event.__name__, "ErrorResponse")]}
+        chunk = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+        data = {"anyOf": [{"const": "[DONE]"}, chunk]}
         item = {"type": "object", "properties": {"data": data}, "required": ["data"]}
         told["responses"][200]["content"] = {"text/event-stream": {"itemSchema": item}}
     if asked is not None:

@@ -65,9 +65,7 @@ def _checked_prompts(body: CompletionRequest, service: Service) -> Sequence[str 
         raise ApiError(400, "echo: expected stream to be false with it", param="echo")
     given = body.prompt
     prompts: Sequence[str | list[int]]
-    if isinstance(given, str):
-        prompts = [given]
-    elif given and isinstance(given[0], int):
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
         prompts = [given]
     else:
         prompts = cast(list[str] | list[list[int]], given)
