@@ -1,5 +1,7 @@
 """How much memory there is for the page pool, and what a step needs beside it."""
 
+import os
+
 import torch
 
 from abyssal.engine.options import Options
@@ -16,9 +18,12 @@ def free_bytes(device: torch.device) -> int:
         free, total = torch.cuda.mem_get_info(device)
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + kept - (1 - SHARE) * total)
-    with open("/proc/meminfo") as lines:
-        available = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return int(available * 1024 * CPU_SHARE)
+    try:
+        with open("/proc/meminfo") as lines:
+            available = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except OSError:  # not Linux: half of all there is may be in use
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return int(available * CPU_SHARE)
 
 
 def page_bytes(model: Transformer, modules: int, cache_dtype: torch.dtype | None, size: int) -> int:
