@@ -15,8 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from abyssal.kernels.gate import dependent
+
 LOG2E = 1.4426950408889634
 LN2 = tl.constexpr(0.6931471805599453)
+AT_ONCE = tl.constexpr(16)  # parts that are read at a time
+VALUES = 16  # a program, where W_UV is applied while merging
 ALONE = 32  # ranges a sequence is split into at most, where they may depend on its own length alone
 
 # 2^120: what bf16's wider exponent takes from an e4m3 number whose bits are moved into place.
@@ -223,24 +227,30 @@ def _place(p, first, row, base, BLOCKS: tl.constexpr, BM: tl.constexpr, SPLITS: 
 @triton.jit
 def _merged(
     part, part_lse, row, first, last, base, c,
-    C: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, P_PAD: tl.constexpr, BC: tl.constexpr,
-    BP: tl.constexpr, SPLITS: tl.constexpr,
+    C: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Columns c of a row, its parts added in their order, and the logarithm of the softmax's denominator to base 2."""
-    p = tl.arange(0, P_PAD)
-    place = _place(p, first, row, base, BLOCKS, BM, SPLITS)
-    sums = tl.load(part_lse + place, mask=(p >= first) & (p <= last), other=float("-inf"))
-    top = tl.max(sums)
-    weight = tl.sum(tl.exp2(sums - top))
-    acc = tl.zeros([BC], part.dtype.element_ty)
-    for k in tl.range(first, last + 1, BP):
-        some = k + tl.arange(0, BP)
-        at = _place(some, first, row, base, BLOCKS, BM, SPLITS)
-        share = tl.exp2(tl.load(part_lse + at, mask=some <= last, other=float("-inf")) - top)
-        values = tl.load(
-            part + at[:, None] * C + c[None, :], mask=(some <= last)[:, None] & (c < C)[None, :], other=0.0
-        )
-        acc += tl.sum(values * share[:, None], 0)
+    """Columns c of a row, its parts added in their order, and the logarithm of the softmax's denominator to base 2.
+
+    AT_ONCE parts are asked for at a time, each as a row of its own: no thread waits for another.
+    """
+    wide: tl.constexpr = part.dtype.element_ty
+    top = tl.full([], float("-inf"), wide)
+    weight = tl.full([], 0.0, wide)
+    acc = tl.zeros([BC], wide)
+    for k in tl.range(first, last + 1, AT_ONCE):
+        larger = top
+        for i in tl.static_range(AT_ONCE):
+            at = _place(k + i, first, row, base, BLOCKS, BM, SPLITS)
+            larger = tl.maximum(larger, tl.load(part_lse + at, mask=k + i <= last, other=float("-inf")))
+        fade = tl.exp2(top - larger)
+        weight *= fade
+        acc *= fade
+        for i in tl.static_range(AT_ONCE):
+            at = _place(k + i, first, row, base, BLOCKS, BM, SPLITS)
+            share = tl.exp2(tl.load(part_lse + at, mask=k + i <= last, other=float("-inf")) - larger)
+            weight += share
+            acc += share * tl.load(part + at * C + c, mask=(c < C) & (k + i <= last), other=0.0)
+        top = larger
     return acc / weight, top + tl.log2(weight)
 
 
@@ -248,14 +258,18 @@ def _merged(
 def _merge(
     cu_q, context_lens, out, lse, part, part_lse, S, P,
     H: tl.constexpr, C: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    P_PAD: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, SPLITS: tl.constexpr,
+    BC: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One query of one head and BC columns a program, where a sequence's tiles lay in more than one range."""
     t, h = tl.program_id(0) // H, tl.program_id(0) % H
     row, first, last, base = _parts(cu_q, context_lens, t, h, S, P, H, S_PAD, BLOCKS, BM, BN, SPLITS)
+    if PDL:
+        # Every program waits, also those with nothing to merge: who comes next must find the attending launch ended.
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if first < last:
         c = tl.program_id(1) * BC + tl.arange(0, BC)
-        acc, sums = _merged(part, part_lse, row, first, last, base, c, C, BLOCKS, BM, P_PAD, BC, BP, SPLITS)
+        acc, sums = _merged(part, part_lse, row, first, last, base, c, C, BLOCKS, BM, BC, SPLITS)
         where = (t.to(tl.int64) * H + h) * C + c
         tl.store(out + where, acc.to(out.dtype.element_ty), mask=c < C)
         if tl.program_id(1) == 0:
@@ -266,7 +280,7 @@ def _merge(
 def _merge_values(
     cu_q, context_lens, out, lse, part, part_lse, w_uv, y, S, P, stride_h, stride_v,
     H: tl.constexpr, C: tl.constexpr, V: tl.constexpr, S_PAD: tl.constexpr, BLOCKS: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, P_PAD: tl.constexpr, CP: tl.constexpr, BP: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr,
+    BN: tl.constexpr, CP: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One query of one head, merged, and BV of its values: W_UV times the merged row, which is rounded as `_merge`
     rounds it."""
@@ -278,8 +292,11 @@ def _merge_values(
     )  # fmt: skip
     row, first, last, base = _parts(cu_q, context_lens, t, h, S, P, H, S_PAD, BLOCKS, BM, BN, SPLITS)
     where = t.to(tl.int64) * H + h
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     if first < last:
-        acc, sums = _merged(part, part_lse, row, first, last, base, c, C, BLOCKS, BM, P_PAD, CP, BP, SPLITS)
+        acc, sums = _merged(part, part_lse, row, first, last, base, c, C, BLOCKS, BM, CP, SPLITS)
         if tl.program_id(1) == 0:
             tl.store(lse + where, sums * LN2)
     else:
@@ -348,35 +365,31 @@ def latent_decode(
 def merge(
     cu_q: Tensor, context_lens: Tensor, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor,
     P: int, blocks: int, BM: int, BN: int, splits: int = 0, w_uv: Tensor | None = None,
-    cut: tuple[int, int, int] = (16, 8, 8),
 ) -> Tensor:  # fmt: skip
     """Fills `out` and `lse` where a sequence's tiles lay in several of the P ranges, of which each sequence has
     `splits` of its own where that is not 0. Returns `out`, or with `w_uv` its values `[T, H, V]`; `out` may then be
-    left as it was. `cut`: values a program, parts at a time, warps."""
+    left as it was."""
     T, H, C = out.shape
     S = context_lens.shape[0]
     same = {
         # One sequence needs no search for its own, whose sums over lanes take longer than all else.
         "H": H, "C": C, "S_PAD": 1 if S == 1 else max(triton.next_power_of_2(S), 128), "BLOCKS": blocks, "BM": BM,
-        "BN": BN, "P_PAD": triton.next_power_of_2(splits or P), "SPLITS": splits,
+        "BN": BN, "SPLITS": splits, "PDL": dependent(out), "launch_pdl": dependent(out),
     }  # fmt: skip
     if w_uv is not None:
         V, w_uv = w_uv.shape[1], w_uv if w_uv.stride(2) == 1 else w_uv.contiguous()
         y = torch.empty(T, H, V, dtype=out.dtype, device=out.device)
-        width, at_once, warps = cut
-        _merge_values[(T * H, triton.cdiv(V, width))](
+        _merge_values[(T * H, triton.cdiv(V, VALUES))](
             cu_q, context_lens, out, lse, part, part_lse, w_uv, y, S, P, w_uv.stride(0), w_uv.stride(1),
-            V=V, CP=triton.next_power_of_2(C), BP=at_once, BV=width, num_warps=warps, **same,
+            V=V, CP=triton.next_power_of_2(C), BV=VALUES, num_warps=8, **same,
         )  # fmt: skip
         return y
     # Few rows are cut finely, to be merged by many programs; of many, most have nothing to merge and should cost
     # little.
-    columns, at_once = (64, 32) if T * H <= 256 else (512, 8)
-    columns = min(triton.next_power_of_2(C), columns)
+    columns = min(triton.next_power_of_2(C), 128 if T * H <= 256 else 512)
     _merge[(T * H, triton.cdiv(C, columns))](
-        cu_q, context_lens, out, lse, part, part_lse, S, P,
-        BC=columns, BP=at_once, num_warps=4, **same,
-    )  # fmt: skip
+        cu_q, context_lens, out, lse, part, part_lse, S, P, BC=columns, num_warps=4, **same
+    )
     return out
 
 

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from abyssal.kernels.gluon import thread_barrier
+from abyssal.kernels.gluon import let_next_launch_begin, thread_barrier, wait_for_launch_before
 from abyssal.kernels.latent_decode import LOG2E, merge, processors
 from abyssal.kernels.latent_ranges import BN, range_of, tiles_of
 
@@ -214,6 +214,8 @@ def _attend(
     thread_barrier()
 
     block, p = gl.program_id(0) % BLOCKS, gl.program_id(0) // BLOCKS
+    wait_for_launch_before()
+    let_next_launch_begin()
     s, begin, tile, last = range_of(p, P, cu_q, context_lens, S, H, block, S_PAD, BM)
     if tile < last:
         plan = (s, begin, tile, last, block)
@@ -275,6 +277,6 @@ def latent_decode_few(
         q_latent, q_rope, halves_at, ropes_at, cu_q, block_table, context_lens, out, lse, part, part_lse,
         S, P, block_table.stride(0), page_size, q_latent.stride(0), q_latent.stride(1), q_rope.stride(0),
         q_rope.stride(1), scale * LOG2E, H, S_PAD=1 if S == 1 else max(triton.next_power_of_2(S), 128), BLOCKS=blocks,
-        BM=BM, **SETTINGS[BM], num_warps=4,
+        BM=BM, **SETTINGS[BM], num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return merge(cu_q, context_lens, out, lse, part, part_lse, P, blocks, BM, 64, w_uv=w_uv), lse

@@ -1,8 +1,8 @@
 """y = x Wᵀ for a few rows of x, where reading W is all that takes time (Triton).
 
 A program asks for its whole share of W at once, into registers, and only then waits for the kernel before it: W is on
-its way while that one ends (a programmatic dependent, see experts_decode.py). Sums are in float32, in an order that
-no other row of x has a part in.
+its way while that one ends (a programmatic dependent, see experts_decode.py), and so must not be what that one writes.
+Sums are in float32, in an order that no other row of x has a part in.
 """
 
 import torch

@@ -20,10 +20,10 @@ def _rms_norm(
     d = tl.arange(0, DP)
     mask = (row < n)[:, None] & (d < D)[None, :]
     dtype: tl.constexpr = x.dtype.element_ty
-    w = tl.load(weight + d, mask=d < D, other=0.0).to(dtype).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    w = tl.load(weight + d, mask=d < D, other=0.0).to(dtype).to(tl.float32)
     v = tl.load(x + row[:, None] * stride_x + d[None, :], mask=mask, other=0.0).to(tl.float32)
     if SUM:
         v += tl.load(y + row[:, None] * stride_y + d[None, :], mask=mask, other=0.0).to(tl.float32)

@@ -192,8 +192,8 @@ class LatentAttention(nn.Module):
         normalised, rotary key and queries are rotated, the row is written and W_UK applied by one operation."""
         c = self.config
         assert packing.block_table is not None and packing.context_lens is not None and packing.slots is not None
+        w_uk, w_uv = self.up_projections(x.dtype)  # first: `absorb` reads it while the projections end
         q, kv = self.project(x)
-        w_uk, w_uv = self.up_projections(q.dtype)
         cos, sin = angles if c.qk_rope_head_dim and angles is not None else (None, None)
         q_latent = absorb(q, w_uk, kv, self.kv_norm.weight, LATENT_EPS, cos, sin, rows, packing.slots)
         return latent_decode(

@@ -53,7 +53,7 @@ class Linear(Pinned):
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is not None:
             return fp8_linear(x, self.weight, self.scale)
-        return linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), settled=self.weight.dtype == x.dtype)
 
 
 def beside(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
@@ -61,7 +61,7 @@ def beside(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
     joined = None if any(m.scale is not None for m in maps) else adjoining([m.weight for m in maps])
     if joined is None or joined.dtype != x.dtype:
         return tuple(m(x) for m in maps)
-    return linear(x, joined).split([m.weight.shape[0] for m in maps], -1)
+    return linear(x, joined, settled=True).split([m.weight.shape[0] for m in maps], -1)
 
 
 def join(*maps: Linear) -> None:

@@ -41,7 +41,8 @@ def absorb(
 ) -> Tensor:  # fmt: skip
     """`[T, H, C]`: the queries taken into the latent space, q_nope W_UK, and beside it all that `latent_write` does.
 
-    `q [T, H, N + R]`, of which the last R are rotated where they lie; `w_uk [H, N, C]`. Paths: "reference"
+    `q [T, H, N + R]`, of which the last R are rotated where they lie; `w_uk [H, N, C]`, not written by what was
+    launched last. Paths: "reference"
     (`latent_write` and a product), "triton" (one launch); None chooses.
     """
     if path is None:

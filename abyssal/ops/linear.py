@@ -15,16 +15,19 @@ WIDEST = 4096
 FEW_ROWS = 4
 
 
-def linear(x: Tensor, weight: Tensor, path: str | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, path: str | None = None, settled: bool = False) -> Tensor:
     """`x [..., in]`, `weight [out, in]` -> `[..., out]` in x's dtype.
+
+    `settled`: the weight was written long ago, as parameters are, and not by what was launched last: a kernel may read
+    it while that is still running.
 
     Paths: "matmul", the library's product; "rowwise", a multiply-and-sum that only pays when compiled; "one row", a
     kernel for inference on a GPU (Triton). None chooses "rowwise" for up to FEW_ROWS rows in a graph being compiled
-    for a CPU, and "one row" for one in bf16 on Hopper.
+    for a CPU, and "one row" for one in bf16 on Hopper where the weight is settled.
     """
     if path is None:
         few = torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
-        path = "rowwise" if few else "one row" if _is_one_row(x, weight) else "matmul"
+        path = "rowwise" if few else "one row" if settled and _is_one_row(x, weight) else "matmul"
     if path == "matmul":
         return torch.nn.functional.linear(x, weight)
     if path == "one row":
