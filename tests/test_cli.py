@@ -40,9 +40,9 @@ def test_generate_prints_what_it_cost(run: Path) -> None:
     assert isinstance(said["tokens_per_second"], float) and said["tokens_per_second"] > 0
     assert isinstance(said["acceptance"], float) and 0 <= said["acceptance"] <= 1
     # 3 layers and the MTP module's, 24 + 8 numbers a token against 2 · 4 · 16, in float32, of two pages of 64:
-        # its own, and that of idle rows.
+    # its own, and that of idle rows.
     assert said["cache_bytes"] == 4 * 32 * 4 * 128
-    assert said["mha_cache_bytes"] == 4 * 128 * 4 * 256
+    assert said["mha_cache_bytes"] == 4 * 128 * 4 * 128
 
 
 def test_speculation_does_not_change_greedy_text(run: Path) -> None:
