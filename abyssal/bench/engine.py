@@ -9,7 +9,6 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,28 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from abyssal.bench import engine_peer
-from abyssal.bench.serving import Timed, gpu_loads, small_loads, timed
+from abyssal.bench.serving import EngineReport, gpu_loads, small_loads, timed
 from abyssal.checkpoint import load
 from abyssal.config import ModelConfig
 from abyssal.engine import LLM
 from abyssal.model.transformer import Transformer
-
-
-@dataclass
-class EngineReport:
-    """A run: what it ran on, what was timed, and the peer's rates by the same names."""
-
-    device: str
-    date: str
-    versions: dict[str, str]
-    model: str
-    settings: dict[str, Any]
-    rows: list[Timed] = field(default_factory=list)
-    peer: dict[str, float] = field(default_factory=dict)
-    startup: dict[str, float] = field(default_factory=dict)  # seconds
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def bench_engine(

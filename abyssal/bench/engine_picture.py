@@ -1,13 +1,11 @@
 """The engine's rates as a picture: bars, and where the project's targets lie."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from abyssal.bench.engine import EngineReport
+from abyssal.bench.serving import EngineReport
 
 
-def draw(report: "EngineReport", path: Path) -> None:
+def draw(report: EngineReport, path: Path) -> None:
     """Writes a PNG."""
     from matplotlib.figure import Figure
 

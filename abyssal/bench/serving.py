@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,23 @@ class Timed:
     first_token: float  # mean seconds from arrival
     asked: float | None
     cached: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class EngineReport:
+    """A run: what it ran on, what was timed, and the peer's rates by the same names."""
+
+    device: str
+    date: str
+    versions: dict[str, str]
+    model: str
+    settings: dict[str, Any]
+    rows: list[Timed] = field(default_factory=list)
+    peer: dict[str, float] = field(default_factory=dict)
+    startup: dict[str, float] = field(default_factory=dict)  # seconds
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

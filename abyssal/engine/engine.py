@@ -21,10 +21,11 @@ from abyssal.engine.decode import Kind
 from abyssal.engine.metrics import Metrics
 from abyssal.engine.options import Options, check
 from abyssal.engine.pages import Pages
+from abyssal.engine.pending import Lap, Pending, Result
 from abyssal.engine.prefill import PromptLogprobs
 from abyssal.engine.report import Report
 from abyssal.engine.request import Finish, Piece, Request
-from abyssal.engine.runner import PAGE, Lap, Pending, Result, Runner
+from abyssal.engine.runner import PAGE, Runner
 from abyssal.engine.scheduler import NoPages, Plan, Scheduler
 from abyssal.engine.sequence import Sequence, State
 from abyssal.engine.speculation import Speculation

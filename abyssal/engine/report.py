@@ -5,8 +5,9 @@ from collections import deque
 
 from abyssal.engine.metrics import Metrics
 from abyssal.engine.pages import Pages
+from abyssal.engine.pending import Lap, Result
 from abyssal.engine.request import Inside, Piece
-from abyssal.engine.runner import Lap, Result, Runner
+from abyssal.engine.runner import Runner
 from abyssal.engine.scheduler import Scheduler
 from abyssal.engine.sequence import Sequence
 

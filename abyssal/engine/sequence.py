@@ -7,8 +7,8 @@ from enum import Enum, auto
 from abyssal.data.tokenizer import Detokenizer, Tokenizer
 from abyssal.engine.constraint import Constraint
 from abyssal.engine.pages import Node
+from abyssal.engine.pending import Result
 from abyssal.engine.request import Finish, Output, Piece, Request, TokenLogprob
-from abyssal.engine.runner import Result
 from abyssal.engine.text import StopWatcher
 
 
