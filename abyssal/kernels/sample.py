@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PIECE = 4096  # scores of a row a program of `_peaks`
 BLOCK = 8192  # scores at a time of the programs that have a row to themselves
+FEW = 4096  # scores of a row that are searched without reading the row again
 LOG2E = tl.constexpr(1.4426950408889634)
 GREEDY = tl.constexpr(1e-5)  # as in `ops.sample`
 
@@ -87,9 +88,9 @@ def _largest(peaks, firsts, row, PIECES: tl.constexpr, PIECES_UP: tl.constexpr):
 @triton.jit
 def _rows(
     source, stride_s, stride_w, peaks, firsts, lows, totals, positions, temperature, top_k, top_p, min_p, seed,
-    bests, scales, cut_s, lasts, sums, tokens, n,
+    bests, scales, cut_s, lasts, sums, tokens, few, few_ids, n,
     W: tl.constexpr, STREAM: tl.constexpr, DRAW: tl.constexpr,
-    PIECES: tl.constexpr, PIECES_UP: tl.constexpr, BLOCK: tl.constexpr,
+    PIECES: tl.constexpr, PIECES_UP: tl.constexpr, FEW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """What describes each row's distribution; with DRAW its token, -1 where the row holds what is not a number."""
     row = tl.program_id(0).to(tl.int64)
@@ -119,7 +120,9 @@ def _rows(
             at = source + s * stride_s + j * stride_w
             floor = tl.load(min_p + s).to(tl.float32)
             k, p = tl.load(top_k + s).to(tl.int32), tl.load(top_p + s)
-            cut, last, total = cuts(at, n, low, best, scale, total, k, p, floor, BLOCK)
+            cut, last, total = cuts(
+                at, n, few + row * FEW, few_ids + row * FEW, low, best, scale, total, k, p, floor, FEW, BLOCK
+            )  # fmt: skip
             if DRAW:
                 u = uniform(tl.load(seed + s), tl.load(positions + s) + j, STREAM)
                 token = drawn(at, n, best, scale, cut, last, floor, u * total, BLOCK)
@@ -286,10 +289,12 @@ def _described(
     lasts, sums = like(R, dtype=torch.int32), like(R, dtype=torch.float64)
     tokens = like(R, dtype=torch.int64)
     if not greedy:
+        few = min(FEW, triton.next_power_of_2(n))
+        candidates, ids = like(R, few, dtype=torch.float32), like(R, few, dtype=torch.int32)
         _rows[(R,)](
             scores, *scores.stride()[:2], peaks, firsts, lows, totals, positions, *settings,
-            bests, scales, cut_s, lasts, sums, tokens, n, W, stream or TAKE, stream is not None,
-            pieces, triton.next_power_of_2(pieces), min(BLOCK, triton.next_power_of_2(n)), num_warps=16,
+            bests, scales, cut_s, lasts, sums, tokens, candidates, ids, n, W, stream or TAKE, stream is not None,
+            pieces, triton.next_power_of_2(pieces), few, min(BLOCK, triton.next_power_of_2(n)), num_warps=16,
         )  # fmt: skip
     return _Described(scores, peaks, firsts, bests, scales, cut_s, lasts, sums, tokens, n)
 

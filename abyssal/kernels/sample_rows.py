@@ -1,7 +1,8 @@
 """One row of logits, in passes over it by one program: sums, the cut that the filters make, and a draw.
 
 Nothing is sorted. What is kept of a row is what lies above a value, its cut, and the first few of those equal to it.
-The cut is found by bisection, each pass over the row moving one end of the bracket onto a value that occurs.
+The cut is found by bisection, each pass over the row moving one end of the bracket onto a value that occurs, until what
+is left between the ends fits into registers.
 A weight is exp2((score - largest) * scale): probabilities before they are divided by their sum.
 """
 
@@ -58,66 +59,27 @@ def _between(low, high):
 
 
 @triton.jit
-def kth_value(row, n, low, best, k, BLOCK: tl.constexpr):
-    """The k-th largest score and how many are above it. `low`: a bound of all that matters, the result where fewer than
-    k are not below it."""
-    at = tl.arange(0, BLOCK)
-    high = best
-    above = tl.full([], 0, tl.int32)
-    while low < high:
-        middle = _between(low, high)
-        count = tl.zeros([BLOCK], tl.int32)
-        up = tl.full([BLOCK], INF, tl.float32)
-        down = tl.full([BLOCK], -INF, tl.float32)
-        for start in range(0, n, BLOCK):
-            id = start + at
-            score = tl.load(row + id, mask=id < n, other=-INF).to(tl.float32)
-            larger = score > middle
-            count += larger.to(tl.int32)
-            up = tl.minimum(up, tl.where(larger, score, INF))
-            down = tl.maximum(down, tl.where(larger, -INF, score))
-        number = tl.sum(count, 0)
-        if number >= k:
-            low = tl.min(up, 0)
-        else:
-            high = tl.maximum(tl.max(down, 0), low)
-            above = number
-    return high, above
+def _counted(score, best, scale, min_p, MASS: tl.constexpr):
+    """What a score counts in a search: its weight, or one."""
+    if MASS:
+        w = tl.exp2((score - best) * scale)
+        return tl.where(w >= min_p, w, 0.0)
+    else:
+        return score * 0 + 1.0
 
 
 @triton.jit
-def nucleus_value(row, n, low, best, scale, min_p, target, BLOCK: tl.constexpr):
-    """The smallest score such that the weight above it is below `target`, and that weight, float64. Of scores from
-    `low` on, which is not below the cut of top-k."""
-    at = tl.arange(0, BLOCK)
-    high = best
-    above = tl.full([], 0.0, tl.float64)
-    while low < high:
-        middle = _between(low, high)
-        mass = tl.zeros([BLOCK], tl.float32)
-        up = tl.full([BLOCK], INF, tl.float32)
-        down = tl.full([BLOCK], -INF, tl.float32)
-        for start in range(0, n, BLOCK):
-            id = start + at
-            score = tl.load(row + id, mask=id < n, other=-INF).to(tl.float32)
-            larger = score > middle
-            w = tl.exp2((score - best) * scale)
-            mass += tl.where(larger & (w >= min_p), w, 0.0)
-            up = tl.minimum(up, tl.where(larger, score, INF))
-            down = tl.maximum(down, tl.where(larger, -INF, score))
-        number = tl.sum(mass.to(tl.float64), 0)
-        if number >= target:
-            # Rounding may have it that all weigh less than their share asked for: then nothing lies above.
-            low = tl.minimum(tl.min(up, 0), high)
-        else:
-            high = tl.maximum(tl.max(down, 0), low)
-            above = number
-    return high, above
+def _wanted(value, above, target, best, scale, min_p, MASS: tl.constexpr):
+    """How many scores equal to `value` it takes to bring `above` to `target`, at least 1."""
+    each = _counted(value, best, scale, min_p, MASS).to(tl.float64)
+    share = tl.minimum((target - above) / each, 1073741824.0)
+    m = share.to(tl.int32)
+    return tl.maximum(m + (m < share).to(tl.int32), 1)
 
 
 @triton.jit
-def tie(row, n, value, m, BLOCK: tl.constexpr):
-    """The id of the m-th score equal to `value`, by id; n where there are fewer. m is at least 1."""
+def _tie(row, n, value, m, BLOCK: tl.constexpr):
+    """The id of the m-th score equal to `value`, by id, n where there are fewer; how many there are, at most m."""
     at = tl.arange(0, BLOCK)
     seen = tl.full([], 0, tl.int32)
     start = tl.full([], 0, tl.int32)
@@ -131,33 +93,115 @@ def tie(row, n, value, m, BLOCK: tl.constexpr):
             last = tl.min(tl.where((equal != 0) & (seen + tl.cumsum(equal, 0) == m), id, n), 0)
         seen += number
         start += BLOCK
-    return last
+    return last, tl.minimum(seen, m)
 
 
 @triton.jit
-def cuts(row, n, low, best, scale, total, k, p, min_p, BLOCK: tl.constexpr):
+def search(row, n, few, few_ids, low, best, scale, min_p, target, MASS: tl.constexpr, FEW: tl.constexpr,
+           BLOCK: tl.constexpr):  # fmt: skip
+    """Where scores, counted from the largest down and equal ones by id, reach `target` (float64): the score, the id of
+    the last of its equals that is needed, how many of them are, and what is counted above it.
+
+    Scores below `low` do not matter; where all others do not reach the target, it is the smallest. Bisection goes over
+    the row until FEW scores are left in the bracket, and then over these alone, kept in `few [FEW]` and registers.
+    """
+    at = tl.arange(0, BLOCK)
+    high = best
+    above = tl.full([], 0.0, tl.float64)  # what is counted beyond `high`
+    beyond = tl.full([], 0, tl.int32)  # how many scores that is
+    upto = beyond + n  # how many there are from `low` on, at most
+    while (low < high) & (upto - beyond > FEW):
+        middle = _between(low, high)
+        mass = tl.zeros([BLOCK], tl.float32)
+        count = tl.zeros([BLOCK], tl.int32)
+        up = tl.full([BLOCK], INF, tl.float32)
+        down = tl.full([BLOCK], -INF, tl.float32)
+        for start in range(0, n, BLOCK):
+            id = start + at
+            score = tl.load(row + id, mask=id < n, other=-INF).to(tl.float32)
+            larger = score > middle
+            count += larger.to(tl.int32)
+            if MASS:
+                mass += tl.where(larger, _counted(score, best, scale, min_p, MASS), 0.0)
+            up = tl.minimum(up, tl.where(larger, score, INF))
+            down = tl.maximum(down, tl.where(larger, -INF, score))
+        number = tl.sum(count, 0)
+        amount = number.to(tl.float64)
+        if MASS:
+            amount = tl.sum(mass.to(tl.float64), 0)
+        if amount >= target:
+            # Rounding may have it that nothing above weighs as much as it should: then the largest is what is left.
+            low = tl.minimum(tl.min(up, 0), high)
+            upto = number
+        else:
+            high = tl.maximum(tl.max(down, 0), low)
+            above = amount
+            beyond = number
+    if low < high:
+        filled = tl.full([], 0, tl.int32)
+        for start in range(0, n, BLOCK):
+            id = start + at
+            score = tl.load(row + id, mask=id < n, other=-INF).to(tl.float32)
+            left = ((score >= low) & (score <= high)).to(tl.int32)
+            place = filled + tl.cumsum(left, 0) - 1
+            wanted = (left != 0) & (place < FEW)
+            tl.store(few + place, score, mask=wanted)
+            tl.store(few_ids + place, id, mask=wanted)
+            filled += tl.sum(left, 0)
+        tl.debug_barrier()  # each thread reads what others wrote
+        place = tl.arange(0, FEW)
+        score = tl.load(few + place, mask=place < filled, other=-INF)
+        id = tl.load(few_ids + place, mask=place < filled, other=0)
+        counts = tl.where(score > -INF, _counted(score, best, scale, min_p, MASS), 0.0)
+        outside = above
+        while low < high:
+            middle = _between(low, high)
+            larger = score > middle
+            amount = outside + tl.sum(tl.where(larger, counts, 0.0).to(tl.float64), 0)
+            if amount >= target:
+                low = tl.minimum(tl.min(tl.where(larger, score, INF), 0), high)
+            else:
+                high = tl.maximum(tl.max(tl.where(larger, -INF, score), 0), low)
+                above = amount
+        m = _wanted(high, above, target, best, scale, min_p, MASS)
+        equal = (score == high).to(tl.int32)
+        last = tl.min(tl.where((equal != 0) & (tl.cumsum(equal, 0) == m), id, n), 0)
+        held = tl.minimum(tl.sum(equal, 0), m)
+        tl.debug_barrier()  # before `few` is written again
+    else:
+        last, held = _tie(row, n, high, _wanted(high, above, target, best, scale, min_p, MASS), BLOCK)
+    return high, last, held, above
+
+
+@triton.jit
+def cuts(row, n, few, few_ids, low, best, scale, total, k, p, min_p, FEW: tl.constexpr, BLOCK: tl.constexpr):
     """The filters of one row -> its cut, the last id of those equal to it, and the weights' sum. `total` is the sum
     before filters, `low` the smallest finite score."""
     # A weight of 2 ** -160 is 0 in float32; what lies further down may lie very far down.
     low = tl.maximum(low, best - 160.0 / scale)
     cut = tl.full([], -INF, tl.float32)
     last = tl.full([], 0, tl.int32) + n
+    held = last
     if (k > 0) & (k < n):
-        cut, above = kth_value(row, n, low, best, k, BLOCK)
-        last = tie(row, n, cut, k - above, BLOCK)
+        cut, last, held, _ = search(
+            row, n, few, few_ids, low, best, scale, min_p, k.to(tl.float64), False, FEW, BLOCK
+        )  # fmt: skip
     if ((k > 0) & (k < n)) | (min_p > 0):
         total = total_weight(row, n, best, scale, cut, last, min_p, BLOCK)
     if p < 1:
-        target = p.to(tl.float64) * total
-        value, mass = nucleus_value(row, n, tl.maximum(low, cut), best, scale, min_p, target, BLOCK)
-        w = tl.exp2((value - best) * scale).to(tl.float64)
-        wanted = tl.minimum((target - mass) / w, 1073741824.0)
-        m = wanted.to(tl.int32)
-        m = tl.maximum(m + (m < wanted).to(tl.int32), 1)
-        found = tie(row, n, value, m, BLOCK)
-        last = tl.where(value == cut, tl.minimum(last, found), found)
+        low = tl.maximum(low, cut)
+        # What weighs less than this holds, all together, less than half of what is cut.
+        rare = (1.0 - p.to(tl.float64)) * total / (2.0 * n)
+        low = tl.maximum(low, tl.minimum(best + tl.log2(rare.to(tl.float32)) / scale, best))
+        value, found, equal, above = search(
+            row, n, few, few_ids, low, best, scale, min_p, p.to(tl.float64) * total, True, FEW, BLOCK
+        )  # fmt: skip
+        if value == cut:
+            found = tl.minimum(found, last)
+            equal = tl.minimum(equal, held)
         cut = value
-        total = total_weight(row, n, best, scale, cut, last, min_p, BLOCK)
+        last = found
+        total = above + tl.exp2((value - best) * scale).to(tl.float64) * equal.to(tl.float64)
     return cut, last, total
 
 

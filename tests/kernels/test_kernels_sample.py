@@ -106,10 +106,15 @@ def plain(S: int, temperature: float = 1.0) -> Settings:
 
 
 @pytest.mark.parametrize("V", [4097, 9000])
+@pytest.mark.parametrize("few", [16, 1024, 4096])
 @pytest.mark.parametrize("k, p, floor", [(0, 1.0, 0.0), (37, 1.0, 0.0), (0, 0.9, 0.0), (500, 0.8, 0.0), (0, 1.0, 0.02),
                                          (20, 0.5, 1e-3), (1, 0.1, 0.0), (0, 1e-9, 0.0)])  # fmt: skip
-def test_rows_of_several_blocks_with_ties(V: int, k: int, p: float, floor: float) -> None:
-    """Scores in steps of an eighth: every cut falls among equals, of which the first ids are kept."""
+def test_rows_of_several_blocks_with_ties(
+    V: int, few: int, k: int, p: float, floor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores in steps of an eighth: every cut falls among equals, of which the first ids are kept. A search ends among
+    few scores, or before that where there are more equal ones than few."""
+    monkeypatch.setattr("abyssal.kernels.sample.FEW", few)
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(V)).mul(8).round() / 8
     one = torch.ones(2)
     chosen = Settings(one, torch.full((2,), k).int(), one * p, one * floor, torch.arange(2))
