@@ -16,6 +16,8 @@ from abyssal.engine.prefill import Chunk
 from abyssal.engine.sequence import Sequence, State
 
 AGEING = 10.0  # seconds of waiting that are worth one step of priority
+TOGETHER = 16  # where all slots are taken, prompts are let in when one in so many has become free
+PATIENCE = 0.1  # seconds that a free slot may wait for that
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []  # in the order of their claims
         self.preemptions = 0
+        self._few = slots // TOGETHER
+        self._since: float | None = None  # when a slot became free that isn't given away yet
         self._slots = list(reversed(range(slots)))
 
     # ---- the queue ----------------------------------------------------------------------------------------
@@ -91,13 +95,26 @@ class Scheduler:
             if s.state is State.PREFILL and budget > 0:
                 budget -= self._chunk(s, budget, plan)
         self.waiting.sort(key=self.claim)
-        while self.waiting and budget > 0 and self._slots:
+        while self.waiting and budget > 0 and self._slots and (plan.admitted or not self._gathers()):
             s = self.waiting[0]
             if not self._admit(s, plan):
                 break
             self.waiting.pop(0)
             budget -= self._chunk(s, budget, plan)
         return plan
+
+    def _gathers(self) -> bool:
+        """Whether more slots should become free before one is given away: where more wait than there are slots, several
+        prompts in one step hold up those who decode less often than one in each."""
+        now = time.monotonic()
+        if len(self._slots) >= min(self._few, len(self.waiting)):
+            self._since = None
+            return False
+        self._since = now if self._since is None else self._since
+        if now - self._since < PATIENCE:
+            return True
+        self._since = None
+        return False
 
     def _grow(self, s: Sequence, plan: Plan) -> None:
         missing = self.need(s, self.rows_ahead(s)) - len(s.pages)
