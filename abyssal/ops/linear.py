@@ -36,9 +36,10 @@ def linear(x: Tensor, weight: Tensor, path: str | None = None, settled: bool = F
         return kernel(x, weight)
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     flat = x.reshape(-1, x.shape[-1])
-    # Outputs outside, rows of x inside: each row of W is fetched once and met by every x.
-    y = (weight.to(wide)[:, None] * flat.to(wide)[None]).sum(-1)
-    return y.T.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+    # A sum a row of x, which a compiler makes in one loop: each row of W is fetched once and met by every x. As one sum
+    # the result would lie transposed in memory, and everything after it with it, which vectorises badly.
+    y = torch.stack([(weight.to(wide) * row).sum(-1) for row in flat.to(wide)])
+    return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
 def _is_one_row(x: Tensor, weight: Tensor) -> bool:
