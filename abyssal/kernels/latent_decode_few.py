@@ -6,7 +6,7 @@ each wgmma, and BM may be as little as 16, one token of 16 heads, without waste.
 bytes are on their way from memory at any time. So the queries take little room, a page comes in halves, and a ring of
 five halves is kept full by one warp that does nothing else.
 
-Work is split and merged as in `latent_decode.py`, whose merging launch this shares.
+Work is split and merged as in `latent_decode.py`, whose merging launch (`latent_merge.py`) this shares.
 """
 
 import torch
@@ -24,7 +24,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from abyssal.kernels.gluon import let_next_launch_begin, thread_barrier, wait_for_launch_before
-from abyssal.kernels.latent_decode import LOG2E, merge, processors
+from abyssal.kernels.latent_decode import LOG2E, processors
+from abyssal.kernels.latent_merge import merge
 from abyssal.kernels.latent_ranges import BN, range_of, tiles_of
 
 HALF, ROPE = gl.constexpr(256), gl.constexpr(64)

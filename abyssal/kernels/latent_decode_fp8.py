@@ -8,7 +8,7 @@ wide side of each wgmma and BM may be as little as 16, one token of 16 heads, wi
 Rows come by TMA because the unpacking warps must fence what they write for the tensor cores' eyes, and that fence
 waits for their own loads in flight: prefetching into registers was a sixth slower.
 
-Work is split and merged as in `latent_decode.py`, whose merging launch this shares.
+Work is split and merged as in `latent_decode.py`, whose merging launch (`latent_merge.py`) this shares.
 """
 
 import torch
@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from abyssal.kernels.gluon import thread_barrier
-from abyssal.kernels.latent_decode import LOG2E, REBIAS, merge, processors
+from abyssal.kernels.latent_decode import LOG2E, REBIAS, processors
+from abyssal.kernels.latent_merge import merge
 from abyssal.kernels.latent_ranges import BN, range_of, tiles_of
 
 # As `latent_decode.E4M3_TO_BF16`, a word of four bytes to two words of two, by a float32 factor.
