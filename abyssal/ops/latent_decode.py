@@ -6,7 +6,7 @@ products are summed, never concatenated.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from math import isfinite
 
 import numpy as np
@@ -319,6 +319,15 @@ def _parts(S: int, most: int, least: int) -> tuple[int, int]:
     return (parts, length) if length * (parts - 1) < least else (1, -(-most // ROUND) * ROUND)
 
 
+@lru_cache(maxsize=2)  # it is the same in every layer of a step
+def _mask(lens: tuple[int, ...], t: int, parts: int, length: int, dtype: torch.dtype) -> Tensor:
+    """`[S, parts, t, 1, length]`: 0 where a query may look and -inf where not. Query j of t sees all of its context but
+    the t - 1 - j rows that come after it."""
+    seen = np.array(lens)[:, None] - np.arange(t - 1, -1, -1)
+    hidden = np.where(np.arange(length * parts) < seen[..., None], np.float32(0), np.float32("-inf"))  # [S, t, l]
+    return torch.from_numpy(hidden).to(dtype).view(len(lens), t, parts, 1, length).transpose(1, 2)
+
+
 def _flashed(
     q: Tensor, contexts: Tensor, parts: int, lens: list[int], rank: int, scale: float, with_lse: bool
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -332,11 +341,7 @@ def _flashed(
     queries = q.reshape(S, 1, t * H, W).expand(S, parts, t * H, W)
     mask = None
     if t > 1 or min(lens) < length * parts:
-        # Query j of t sees all but the t - 1 - j that come after it. (numpy: small things, many times a step.)
-        seen = np.array(lens)[:, None] - np.arange(t - 1, -1, -1)
-        hidden = np.where(np.arange(length * parts) < seen[..., None], np.float32(0), np.float32("-inf"))  # [S, t, l]
-        mask = torch.from_numpy(hidden).to(q.dtype).view(S, t, parts, 1, length).transpose(1, 2)
-        mask = mask.expand(S, parts, t, H, length).flatten(2, 3)
+        mask = _mask(tuple(lens), t, parts, length, q.dtype).expand(S, parts, t, H, length).flatten(2, 3)
     out, lse = _flash(queries, keys, keys, 0.0, False, attn_mask=mask, scale=scale)
     out = out[..., :rank]
     if parts > 1:
