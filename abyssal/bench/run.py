@@ -13,12 +13,22 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from abyssal.bench import cases_attention, cases_between, cases_decode, cases_experts, cases_fp8, peers, table
+from abyssal.bench import (
+    cases_attention,
+    cases_between,
+    cases_decode,
+    cases_experts,
+    cases_fp8,
+    cases_sample,
+    peers,
+    table,
+)
 from abyssal.bench.case import Case, Row, run_case
 from abyssal.bench.measure import Ceilings, Clock, ceilings
 
 GROUPS = (
     "decode", "decode-fp8", "attention", "packing", "experts", "experts-decode", "gate", "write", "loss", "fp8",
+    "sample",
 )  # fmt: skip
 
 
@@ -104,7 +114,7 @@ def bench_ops(
 
 
 def _cases(cuda: bool) -> list[Case]:
-    rooms = (cases_decode, cases_attention, cases_experts, cases_between, cases_fp8)
+    rooms = (cases_decode, cases_attention, cases_experts, cases_between, cases_fp8, cases_sample)
     return [case for room in rooms for case in room.cases(cuda)]
 
 

@@ -140,7 +140,9 @@ class AsyncEngine:
             await process.wait()
             raise EngineDead(said["failed"])
         info = said["ready"]
-        return cls(settings, process, EngineInfo(**info | {"eos_ids": tuple(info["eos_ids"])}))
+        engine = cls(settings, process, EngineInfo(**info | {"eos_ids": tuple(info["eos_ids"])}))
+        engine._stats = said["stats"]
+        return engine
 
     def submit(
         self,

@@ -145,9 +145,11 @@ class Engine:
         self._report.gauges(self.scheduler)
         return self._report.fetch()
 
-    def snapshot(self) -> dict[str, Any]:
-        """All that is counted, as plain JSON. Waits for the device, to read the experts' load."""
-        self.metrics.expert_load = self.runner.slots.total_load()
+    def snapshot(self, loads: bool = True) -> dict[str, Any]:
+        """All that is counted, as plain JSON. With `loads` waits for the device, to read the experts' load anew."""
+        self._report.gauges(self.scheduler)
+        if loads:
+            self.metrics.expert_load = self.runner.slots.total_load()
         return self.metrics.snapshot()
 
     def warm(self) -> None:

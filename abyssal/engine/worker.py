@@ -52,7 +52,7 @@ class Worker:
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             self.say(failed=f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else str(error))
             return 1
-        self.say(ready=vars(info(self.llm, self.engine)))
+        self.say(ready=vars(info(self.llm, self.engine)), stats=self.engine.snapshot())
         threading.Thread(target=self.read, daemon=True).start()
         threading.Thread(target=self.compile, daemon=True).start()
         while True:
@@ -100,10 +100,9 @@ class Worker:
         now = time.monotonic()
         if now - self.told > TELL or not self.engine.busy:
             self.told = now
-            if now - self.loaded > LOADS or not self.engine.busy:
-                self.loaded = now
-                self.engine.metrics.expert_load = self.engine.runner.slots.total_load()
-            self.say(stats=self.engine.metrics.snapshot())
+            loads = now - self.loaded > LOADS or not self.engine.busy
+            self.loaded = now if loads else self.loaded
+            self.say(stats=self.engine.snapshot(loads))
 
     # ---- the other threads --------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Sampling a batch: each row against the one-request functions of `engine.sampling`, distributions by enumeration over
+"""Sampling a batch: each row against the one-request functions of `one_by_one`, distributions by enumeration over
 a grid of uniform numbers, and what a seed promises."""
 
 import itertools
@@ -9,9 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_by_one import distribution, top_logprobs
 from torch import Tensor
 
-from abyssal.engine.sampling import Sampling, distribution, top_logprobs
+from abyssal.engine.sampling import Sampling
 from abyssal.ops import sample
 from abyssal.ops.sample import Adjust, Settings, draw, likeliest, uniform, verify
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from one_by_one import acceptance, distribution, residual, sample, top_logprobs, verify
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -14,7 +15,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from abyssal.engine.sampling import Sampling, acceptance, distribution, residual, sample, top_logprobs, verify
+from abyssal.engine.sampling import Sampling
 
 INF = float("inf")
 
