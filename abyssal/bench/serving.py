@@ -12,12 +12,12 @@ from abyssal.engine import LLM, Sampling
 
 @dataclass(frozen=True)
 class Load:
-    """Requests that come all at once. `tokens` counts what the figure is a rate of."""
+    """Requests that come all at once."""
 
     name: str
     prompts: list[int]  # their lengths
     outputs: list[int]
-    figure: str  # "decode": generated tokens over steps without prompts; "prefill", "output": tokens over all the time
+    figure: str  # "decode": of steps in which all decode; "prefill", "output": tokens over all the time
     asked: float | None = None  # tokens a second that the project asks of one H100
 
 
@@ -105,6 +105,7 @@ def timed(llm: LLM, load: Load, seed: int, say: Callable[[str], None] = lambda _
     engine = llm.engine
     before = (0.0, 0.0) if engine is None else (engine.metrics.idle_seconds, engine.metrics.device_seconds)
     counted = 0 if engine is None else engine.metrics.first_token.total
+    full = {} if engine is None else {size: list(row) for size, row in engine.metrics.by_batch.items()}
     began = time.perf_counter()
     outputs = llm.generate(prompts, settings)
     seconds = time.perf_counter() - began
@@ -112,11 +113,17 @@ def timed(llm: LLM, load: Load, seed: int, say: Callable[[str], None] = lambda _
     assert llm.engine is not None
     metrics, totals = llm.engine.metrics, llm.totals
     idle, busy = metrics.idle_seconds - before[0], metrics.device_seconds - before[1]
-    if load.figure == "decode":
-        rate = totals.tokens_per_second
+    if load.figure == "decode":  # of steps with all of them: prompts come one after the other, and so do the ends
+        rate = _full(metrics.by_batch, full, len(load.prompts))
     else:
         rate = sum(load.prompts if load.figure == "prefill" else load.outputs) / seconds
     return Timed(
         load.name, rate, seconds, totals.steps, idle / (idle + busy) if busy else None,
         (metrics.first_token.total - counted) / len(load.prompts), load.asked, totals.cached_tokens,
     )  # fmt: skip
+
+
+def _full(now: dict[int, list[float]], before: dict[int, list[float]], size: int) -> float:
+    """Tokens a second of the steps in which `size` sequences decoded."""
+    _, seconds, tokens = (n - b for n, b in zip(now[size], before.get(size, [0, 0.0, 0])))
+    return tokens / seconds

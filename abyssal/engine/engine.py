@@ -271,7 +271,8 @@ class Engine:
                     self._take(s, result)
             made += sum(s.generated for s in group) - before
         enqueued.lap.wait()  # where there were only prompts, nothing has been read
-        seconds = self._report.settled(enqueued.began, enqueued.lap, enqueued.pure, made, bool(self._live))
+        decoded = sum(len(group) for _, group in enqueued.steps) if enqueued.pure else None
+        seconds = self._report.settled(enqueued.began, enqueued.lap, decoded, made, bool(self._live))
         if enqueued.pure and len(enqueued.steps) == 1:
             pending, group = enqueued.steps[0]
             self.speculation.tell(len(group), pending.kind.width > 1, seconds, made)

@@ -56,6 +56,7 @@ class Metrics:
     decoded_tokens: int = 0  # generated in those
     idle_seconds: float = 0.0  # of a GPU, between the steps of a call
     device_seconds: float = 0.0  # of a GPU, in steps
+    by_batch: dict[int, list[float]] = field(default_factory=dict)  # decoding: sequences -> steps, seconds, tokens
     drafted: list[int] = field(default_factory=list)  # by position in the draft
     accepted: list[int] = field(default_factory=list)
     finished: Counter[str] = field(default_factory=Counter)  # by Finish
@@ -72,6 +73,8 @@ class Metrics:
                 plain[name] = value.snapshot()
             elif isinstance(value, Counter):
                 plain[name] = dict(value)
+            elif isinstance(value, dict):
+                plain[name] = {str(key): list(row) for key, row in value.items()}
             elif isinstance(value, list):
                 plain[name] = [list(v) if isinstance(v, list) else v for v in value]
         plain["uptime"] = time.monotonic() - self.started

@@ -79,17 +79,20 @@ class Report:
         else:
             m.between_tokens.add(s.last_token - before)
 
-    def settled(self, began: float, lap: Lap, pure: bool, made: int, more: bool) -> float:
-        """A step that began at `began` is over and made so many tokens; `more`: there is work left. Returns its
-        seconds, not counting those in which the one before still ran."""
+    def settled(self, began: float, lap: Lap, decoded: int | None, made: int, more: bool) -> float:
+        """A step that began at `began` is over and made so many tokens; `decoded`: of how many sequences, where there
+        were no prompts in it; `more`: there is work left. Returns its seconds, not counting those in which the one
+        before still ran."""
         m, ended = self.metrics, time.perf_counter()
         seconds = ended - max(self._settled, began)
         self._settled = ended
         m.step_seconds += seconds
         m.generated_tokens += made
-        if pure:
+        if decoded is not None:
             m.decode_seconds += seconds
             m.decoded_tokens += made
+            row = m.by_batch.setdefault(decoded, [0, 0.0, 0])
+            row[0], row[1], row[2] = row[0] + 1, row[1] + seconds, row[2] + made
         m.device_seconds += lap.seconds()
         if self._last is not None:
             m.idle_seconds += max(lap.since(self._last), 0.0)

@@ -18,6 +18,7 @@ from abyssal.engine.sequence import Sequence, State
 AGEING = 10.0  # seconds of waiting that are worth one step of priority
 TOGETHER = 16  # where all slots are taken, prompts are let in when one in so many has become free
 PATIENCE = 0.1  # seconds that a free slot may wait for that
+AHEAD = 4  # pages that a sequence is given at once where there are plenty: each gift is a word to the device
 
 
 @dataclass
@@ -119,6 +120,9 @@ class Scheduler:
     def _grow(self, s: Sequence, plan: Plan) -> None:
         missing = self.need(s, self.rows_ahead(s)) - len(s.pages)
         if missing > 0:
+            if self.pages.free > AHEAD * len(self.running):
+                last = self.need(s, len(s.tokens) + s.most + 2 * self.width) - len(s.pages)
+                missing = max(min(last, AHEAD), missing)
             got = self.pages.allocate(missing, after=s.pages[-1] if s.pages else None)
             if got is None:
                 raise NoPages

@@ -165,7 +165,9 @@ def _shifted(z: Tensor, by: int) -> Tensor:
 
 def _path(logits: Tensor, path: str | None) -> str:
     if path is None:
-        return "triton" if capability(logits) > (0, 0) and logits.dtype != torch.float64 else "reference"
+        served = capability(logits) > (0, 0) and logits.dtype != torch.float64
+        # Of a vocabulary of one there is nothing to choose, and Triton 3.6 can't compile it.
+        return "triton" if served and logits.shape[-1] > 1 else "reference"
     if path not in ("reference", "triton"):
         raise ValueError(f"path: expected 'reference' or 'triton', got {path!r}")
     return path
