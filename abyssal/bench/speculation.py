@@ -57,7 +57,8 @@ def bench_speculation(
         for k, llm in engines.items():
             t, rate = llm.totals, median(rates[k])
             share = [a / max(d, 1) for a, d in zip(t.accepted_at, t.drafted_at)]
-            found.append(Speculated(batch, k, rate, rate / median(rates[0]), share, t.tokens / t.steps / batch))
+            a_step = 1 + sum(t.accepted_at) / max(t.drafted_at[0] if t.drafted_at else 1, 1)
+            found.append(Speculated(batch, k, rate, rate / median(rates[0]), share, a_step))
         print(f"batch {batch}: {'the same text with and without drafts' if len(texts) == 1 else 'texts differ'}")
     Console().print(render(found))
     if json_path is not None:

@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 from abyssal.engine.decode import Kind
 from abyssal.engine.sequence import Sequence
 
+LOGPROBS = (1, 5, 20)
+
 
 def groups(decoding: Several[Sequence], drafts: int, wanted: bool) -> list[tuple[list[Sequence], int]]:
     """Those whose drafts are verified and those that get a token each, with the number of drafts; none that is empty.
@@ -39,15 +41,24 @@ def kind_of(group: Several[Sequence], drafts: int, vocab: int) -> Kind:
         masked=any(s.constraint is not None for s in group),
         biased=any(s.sampling.logit_bias for s in group),
         penalised=any(s.sampling.penalised for s in group),
-        logprobs=min(max(asked), vocab) if asked else None,
+        # In a few sizes: each is a graph of its own.
+        logprobs=min(next((n for n in LOGPROBS if n >= max(asked)), max(asked)), vocab) if asked else None,
     )
 
 
-def masks_of(group: Several[Sequence], drafts: int, words: int) -> NDArray[np.int32]:
-    """`[S, 1 + drafts, words]`: a bit for each id that may come at each place, all where nothing is asked of a text."""
+def masks_of(
+    group: Several[Sequence], drafts: int, words: int
+) -> tuple[NDArray[np.int32], list[tuple[Sequence, str]]]:  # fmt: skip
+    """`[S, 1 + drafts, words]`: a bit for each id that may come at each place, all where nothing is asked of a text;
+    and those whose grammars can't go on, with the reason."""
+    stuck = []
     masks = np.full((len(group), 1 + drafts, words), -1, dtype=np.int32)
     for rows, s in zip(masks, group):
         if s.constraint is not None:
             # Before it has drafts, its last token stands for them (`Slots.enter`).
-            s.constraint.masks((s.drafts or [s.tokens[-1]] * drafts)[:drafts], rows)
-    return masks
+            try:
+                s.constraint.masks((s.drafts or [s.tokens[-1]] * drafts)[:drafts], rows)
+            except (ValueError, RuntimeError) as error:
+                rows[:] = -1
+                stuck.append((s, str(error)))
+    return masks, stuck

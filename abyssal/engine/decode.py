@@ -21,8 +21,8 @@ from abyssal.ops.step import count_experts, finish, follow, place_rows, step_row
 
 Main = Callable[[Tensor, Packing], tuple[Tensor, Tensor, Tensor]]
 """tokens `[T]` -> states `[T, D]`, logits `[T, vocab]`, and the experts picked `[layers, T, K]`."""
-Module = Callable[[int, Tensor, Tensor, Packing], Tensor]
-"""depth from 1, states of the depth before `[T, D]`, ids ahead `[T]` -> its states `[T, D]`."""
+Module = Callable[[int, Tensor, Tensor, Packing, str | None], Tensor]
+"""depth from 1, states of the depth before `[T, D]`, ids ahead `[T]`, attention's path -> its states `[T, D]`."""
 Head = Callable[[Tensor], Tensor]
 
 
@@ -137,7 +137,7 @@ class Decoder:
 
     def rows(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
         """A module over equally many rows of each sequence, `[S, w, D]` and `[S, w]`."""
-        out = self.module(depth, states.flatten(0, 1), ahead.flatten(), packing)
+        out = self.module(depth, states.flatten(0, 1), ahead.flatten(), packing, None)
         return out.unflatten(0, (-1, states.shape[1]))
 
     def placed(self, table: Tensor, start: Tensor, width: int) -> Packing:

@@ -8,7 +8,7 @@ host; what a step computes for a sequence that had ended is thrown away.
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from abyssal.engine.batch import groups, kind_of, masks_of
 from abyssal.engine.constraint import Constraint, Grammars
 from abyssal.engine.decode import Kind
 from abyssal.engine.metrics import Metrics
-from abyssal.engine.options import Options, check
+from abyssal.engine.options import Options, check, most_rows
 from abyssal.engine.pages import Pages
 from abyssal.engine.pending import Lap, Pending, Result
 from abyssal.engine.prefill import PromptLogprobs
@@ -38,7 +38,7 @@ class Enqueued:
 
     began: float
     lap: Lap
-    steps: list[tuple[Pending, list[Sequence]]]
+    steps: list[tuple[Pending, list[Sequence], list[bool]]]  # and whether each one's drafts were the modules'
     pure: bool  # no prompt in it
 
 
@@ -53,7 +53,10 @@ class Engine:
         ends: frozenset[int] = frozenset(),
         say: Callable[[str], None] = print,
     ) -> None:
-        """`ends`: the ids that end a text."""
+        """`ends`: the ids that end a text. Where the pool holds no sequence of `options.context` tokens, the context is
+        what it does hold."""
+        room = (options.pages - 1) * PAGE - most_rows(0, options.drafts)
+        options = replace(options, context=min(options.context, room))
         self.model, self.tokenizer, self.options, self.ends = model, tokenizer, options, ends
         width = 1 + options.drafts
         allowed = min(tokenizer.vocab_size, model.config.vocab_size) if tokenizer else None
@@ -91,23 +94,15 @@ class Engine:
 
     # ---- the face -----------------------------------------------------------------------------------------
 
-    def check(self, request: Request) -> None:
-        """Raises ValueError naming what of a request can't be."""
-        check(request, self.model, self.options, self.tokenizer)
-        prompt, own = request.prompt, request.sampling
-        most = -(-(len(prompt) + own.max_tokens + 3 * self.scheduler.width) // PAGE)
-        if most > self.options.pages - 1:
-            raise ValueError(f"prompt: needs up to {most} pages of the cache, which has {self.options.pages - 1}")
-
     def constraint(self, request: Request) -> Constraint | None:
         """A request's grammar, compiled. Takes its time; may be called from another thread. Raises GrammarError."""
         grammar = request.sampling.grammar
         return self.grammars.compile(grammar) if grammar is not None and self.grammars is not None else None
 
     def add(self, request: Request, constraint: Constraint | None = None) -> None:
-        """Queues a request, with its grammar where that is compiled already. Raises ValueError as `check`, and for an
-        id that is in use or a grammar that can't be."""
-        self.check(request)
+        """Queues a request, with its grammar where that is compiled already. Raises ValueError naming what can't be
+        (see `options.check`), and for an id that is in use or a grammar that can't be."""
+        check(request, self.model, self.options, self.tokenizer)
         if request.id in self._live:
             raise ValueError(f"request {request.id}: is there already")
         constraint = constraint or self.constraint(request)
@@ -185,28 +180,32 @@ class Engine:
         began, lap = time.perf_counter(), Lap(self.runner.device)
         runner, state = self.runner, self.runner.slots
         with torch.inference_mode():
-            state.forget_loads([s.slot for s in plan.admitted])
+            state.vacate([s.slot for s in plan.admitted])
             state.write_tables(plan.tables)
         together = bool(plan.chunks and plan.decoding) and runner.mixes
         if plan.chunks and not together:
             self._prompts(plan, runner.chunks([chunk for _, chunk in plan.chunks], lap))
         # In one pass with prompts, those that are ready only after it decode from the next step on.
         decoding = [*plan.decoding, *(() if together else (new for s in plan.ready for new in self._ready(s)))]
-        steps: list[tuple[Pending, list[Sequence]]] = []
+        steps: list[tuple[Pending, list[Sequence], list[bool]]] = []
+        stuck: list[tuple[Sequence, str]] = []
         wanted = self.speculation.wanted(len(decoding)) if decoding else False
         self.metrics.speculating = wanted
         for group, drafts in groups(decoding, self.options.drafts, wanted):
             kind = kind_of(group, drafts, self.model.config.vocab_size)
-            masks = masks_of(group, drafts, runner.words) if kind.masked else None
+            masks = None
+            if kind.masked:
+                masks, failed = masks_of(group, drafts, runner.words)
+                stuck += failed
             slots = [s.slot for s in group]
             if together and not steps:
                 pending, said = runner.mixed([chunk for _, chunk in plan.chunks], slots, kind, lap, masks)
                 self._prompts(plan, said)
             else:
                 pending = runner.step(slots, kind, lap, masks)
-            steps.append((pending, group))
+            steps.append((pending, group, [s.drafting for s in group]))
             for s in group:
-                s.ahead += 1
+                s.ahead, s.drafting = s.ahead + 1, drafts > 0
         if together:
             for s in plan.ready:
                 self._ready(s)
@@ -215,15 +214,17 @@ class Engine:
         enqueued = Enqueued(began, lap, steps, not plan.chunks)
         self._on_its_way.append(enqueued)
         self.metrics.steps += 1
+        for s, error in stuck:
+            self._fail(s, error)
         return enqueued
 
     def _prompts(self, plan: Plan, said: dict[int, PromptLogprobs]) -> None:
         """Pieces of prompts are on their way into the cache."""
-        for s, _ in plan.chunks:
+        for s, chunk in plan.chunks:
             self.scheduler.register(s)
             if s.slot in said:
                 own = said[s.slot]
-                s.push_prompt(own.logprob.tolist(), own.top_ids.tolist(), own.top_logprobs.tolist())
+                s.push_prompt(chunk.start + 1, own.logprob.tolist(), own.top_ids.tolist(), own.top_logprobs.tolist())
 
     def _ready(self, s: Sequence) -> list[Sequence]:
         """All but the last token of `s` stand in the cache: it decodes from now on, and its siblings with it."""
@@ -235,12 +236,11 @@ class Engine:
                 self.scheduler.add(child)
                 continue
             with torch.inference_mode():
-                self.runner.slots.forget_loads([child.slot])
+                self.runner.slots.vacate([child.slot])
                 self.runner.slots.write_tables(plan.tables)
                 self.runner.slots.copy(s.slot, child.slot)
-            if copied != (0, 0):
-                self.runner.copy_pages([copied])
-                self.metrics.copied_pages += 1
+            self.runner.copy_pages(copied)
+            self.metrics.copied_pages += len(copied)
             child.prompt_logprobs = s.prompt_logprobs
             entered.append(child)
         for new in entered:
@@ -248,7 +248,7 @@ class Engine:
         return entered
 
     def _enter(self, s: Sequence) -> None:
-        s.state = State.DECODING
+        s.state, s.drafting = State.DECODING, False
         with torch.inference_mode():
             self.runner.slots.enter(s.slot, len(s.tokens), s.tokens[-1], s.sampling, s.seed)
             self.runner.slots.adjust(s.slot, s.sampling, s.request.prompt, s.tokens[len(s.request.prompt) :])
@@ -262,32 +262,31 @@ class Engine:
 
     def _settle(self, enqueued: Enqueued) -> None:
         made = 0
-        for pending, group in enqueued.steps:
+        for pending, group, drafted in enqueued.steps:
             results = pending.read()
             before = sum(s.generated for s in group)
-            for s, result in zip(group, results):
+            for s, result, own in zip(group, results, drafted):
                 s.ahead -= 1
                 if s.state is State.DECODING:
-                    self._take(s, result)
+                    self._take(s, result, own)
             made += sum(s.generated for s in group) - before
         enqueued.lap.wait()  # where there were only prompts, nothing has been read
-        decoded = sum(len(group) for _, group in enqueued.steps) if enqueued.pure else None
+        decoded = sum(len(group) for _, group, _ in enqueued.steps) if enqueued.pure else None
         seconds = self._report.settled(enqueued.began, enqueued.lap, decoded, made, bool(self._live))
-        if enqueued.pure and len(enqueued.steps) == 1:
-            pending, group = enqueued.steps[0]
-            self.speculation.tell(len(group), pending.kind.width > 1, seconds, made)
+        if decoded:
+            self.speculation.tell(decoded, any(p.kind.width > 1 for p, _, _ in enqueued.steps), seconds, made)
 
-    def _take(self, s: Sequence, result: Result) -> None:
+    def _take(self, s: Sequence, result: Result, drafted: bool) -> None:
         if result.token < 0:
             self._fail(s, "the model's logits are not finite")
             return
         before = s.last_token
         try:
-            s.take(result, time.monotonic())
+            s.take(result, time.monotonic(), drafted)
         except (ValueError, RuntimeError) as error:  # of the grammar or the tokenizer: this request's alone
             self._fail(s, str(error))
             return
-        self._report.took(s, result, before)
+        self._report.took(s, result if drafted else None, before)
         self.scheduler.register(s)
         if s.finish is not None:
             self._let_go(s)

@@ -4,12 +4,15 @@ A graph is of a `Kind` and of a number of sequences from a ladder; a batch is fi
 sequences. All share one pool of memory, since one runs after the other.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence as Several
 
 import torch
 from torch import Tensor
 
 from abyssal.engine.decode import Decoded, Decoder, Kind
+
+FURTHER = 64  # graphs that are kept of kinds that were not asked for at the start; the least used goes
 
 
 def ladder(most: int) -> list[int]:
@@ -24,13 +27,18 @@ class Graphs:
     def __init__(self, decoder: Decoder, most: int, words: int) -> None:
         """`most` sequences; masks of `words` int32 a row."""
         self.decoder, self.rungs, self.words = decoder, ladder(most), words
-        self._captured: dict[Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Decoded]] = {}
+        self._captured: OrderedDict[Kind, tuple[torch.cuda.CUDAGraph, Tensor, Tensor | None, Decoded]] = OrderedDict()
+        self._warm: set[Kind] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, order: Tensor, kind: Kind, masks: Tensor | None = None) -> Decoded:
         """As `Decoder.step`. What it returns is written over by the next call."""
         if kind not in self._captured:
+            others = [k for k in self._captured if k not in self._warm]
+            if len(others) >= FURTHER:
+                del self._captured[others[0]]
             self.capture(kind)
+        self._captured.move_to_end(kind)
         graph, own_order, own_masks, result = self._captured[kind]
         own_order.copy_(order, non_blocking=True)
         if own_masks is not None and masks is not None:
@@ -64,3 +72,4 @@ class Graphs:
         for kind in sorted(kinds, key=lambda k: -k.sequences):
             if kind not in self._captured:
                 self.capture(kind)
+            self._warm.add(kind)

@@ -14,7 +14,7 @@ from abyssal.data.tokenizer import Tokenizer
 from abyssal.engine.compiled import can_compile
 from abyssal.engine.engine import Engine
 from abyssal.engine.metrics import Metrics
-from abyssal.engine.options import Options, check
+from abyssal.engine.options import Options, check, most_rows
 from abyssal.engine.request import Output, Piece, Request, Totals
 from abyssal.engine.room import free_bytes, page_bytes, workspace_bytes
 from abyssal.engine.runner import PAGE
@@ -136,16 +136,18 @@ class LLM:
             self.model.config, engine.options.pages * PAGE, self.model.embed.weight.element_size(),
             mtp=engine.runner.modules > 0,
         )  # fmt: skip
-        for request in requests:
-            engine.add(request)
         try:
+            for request in requests:
+                engine.add(request)
             while engine.busy:
                 pieces = engine.step()
                 _count(totals, engine.metrics, before)
                 yield from pieces
-        finally:
+        finally:  # also where a request was refused, or nobody wants the rest
             for request in requests:
                 engine.abort(request.id)
+            while engine.busy:
+                engine.step()
 
     def _requests(
         self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None
@@ -221,7 +223,7 @@ class LLM:
         if self.cache_bytes is not None or self.model.embed.weight.device.type == "cuda":
             return self.engine.options.pages if self.engine is not None else self._free_pages()
         need = max((len(r.prompt) + r.sampling.max_tokens for r in requests), default=1)
-        each = -(-(max(need, self.max_context or 0) + 3 * (1 + self.drafts)) // PAGE)
+        each = -(-most_rows(max(need, self.max_context or 0), self.drafts) // PAGE)
         return 1 + each * min(self.max_batch, max(sum(r.sampling.n for r in requests), 1))
 
     def _free_pages(self) -> int:
@@ -233,7 +235,7 @@ class LLM:
         if pages < 2:
             raise ValueError(f"cache_bytes: {room:,} bytes are less than two pages")
         # No sequence needs more, however many run.
-        most = 1 + self.max_batch * -(-(self.options.context + 3 * (1 + self.drafts)) // PAGE)
+        most = 1 + self.max_batch * -(-most_rows(self.options.context, self.drafts) // PAGE)
         return min(pages, 4 * most)
 
 

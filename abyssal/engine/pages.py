@@ -79,6 +79,8 @@ class Pages:
     def register(self, page: int, index: int, tokens: Sequence[int], before: Node) -> Node:
         """Makes known that `page` holds the rows of the `index`-th page of `tokens`, after `before`. Returns its node:
         where another page of the same content is known already, that one's."""
+        if page in self._key:
+            raise ValueError(f"page {page}: is known already, and may hold one content alone")
         key = (before, self._bytes(tokens, index))
         found = self._content.get(key)
         if found is not None:
@@ -108,9 +110,8 @@ class Pages:
 
     def release(self, pages: Sequence[int]) -> None:
         """One reference less to each, the last first: so the end of a text is forgotten before its beginning."""
-        if pages:
-            self._room.pop(pages[0], None)
         for page in reversed(pages):
+            self._room.pop(page, None)
             if self._references[page] < 1:
                 raise ValueError(f"page {page}: released more often than held")
             self._references[page] -= 1

@@ -67,9 +67,6 @@ class Pending:
         host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
         return host.copy_(t, non_blocking=True)
 
-    def ready(self) -> bool:
-        return self._event is None or self._event.query()
-
     def read(self) -> list[Result]:
         """Waits for the step, and for nothing that was enqueued after it."""
         if self._event is not None:

@@ -118,18 +118,20 @@ class Prefill:
         absorbs = self.fixed or sum(c.end for c in chunks) > self.workspace
         return ids, packing, "absorbed" if absorbs and not packing.fresh else None
 
-    def finish(self, chunks: Several[Chunk], states: Tensor, picks: Tensor) -> dict[int, PromptLogprobs]:
+    def finish(
+        self, chunks: Several[Chunk], states: Tensor, picks: Tensor, path: str | None
+    ) -> dict[int, PromptLogprobs]:  # fmt: skip
         """After the main model: the modules' rows, the experts' load, and what was asked for of the prompts' tokens, by
-        slot. `states [T, D]`, `picks [layers, T, K]`, idle rows at the end."""
+        slot. `states [T, D]`, `picks [layers, T, K]`, idle rows at the end; `path` is that of attention."""
         lens = [c.end - c.start for c in chunks]
         states, picks = states[: sum(lens)], picks[:, : sum(lens)]
         slots = upload(np.repeat([c.slot for c in chunks], lens), torch.int64, self.slots.device)
         count_experts(self.slots.load, slots, picks)
         if self.modules:
-            self._further(chunks, states.split(lens))
+            self._further(chunks, states.split(lens), path)
         return {c.slot: self._logprobs(c, own) for c, own in zip(chunks, states.split(lens)) if c.logprobs is not None}
 
-    def _further(self, chunks: Several[Chunk], rows: Several[Tensor]) -> None:
+    def _further(self, chunks: Several[Chunk], rows: Several[Tensor], path: str | None) -> None:
         """The modules over the same chunks, each one row behind the one before."""
         device, kept = self.slots.device, self.slots.kept
         for depth in range(1, self.modules + 1):
@@ -154,7 +156,8 @@ class Prefill:
             packing = packed(spans, self.page_size, device, self.fixed)
             joined = torch.cat(states)
             idle = joined.new_zeros(packing.positions.shape[0] - joined.shape[0], joined.shape[1])
-            out = self.module(depth, torch.cat((joined, idle)), self._ids(ahead, packing), packing)
+            own_path = None if packing.fresh else path
+            out = self.module(depth, torch.cat((joined, idle)), self._ids(ahead, packing), packing, own_path)
             rows = out[: sum(sources)].split(sources)
 
     def _ids(self, ids: list[int], packing: Packing) -> Tensor:

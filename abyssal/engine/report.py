@@ -61,18 +61,23 @@ class Report:
 
     def entered(self, s: Sequence) -> None:
         """A sequence decodes from now on."""
-        if s.generated == 0 and s.admitted is not None:
-            self.metrics.queue_time.add(s.admitted - s.request.arrived)
+        if s.counted or s.admitted is None:
+            return
+        s.counted = True
+        self.metrics.queue_time.add(s.admitted - s.request.arrived)
+        if s.sample == 0:
             self.metrics.prompt_tokens += len(s.request.prompt)
             self.metrics.cached_tokens += s.cached_tokens
 
-    def took(self, s: Sequence, result: Result, before: float | None) -> None:
-        """A sequence has got what a step made for it; `before` is when it had got the last."""
+    def took(self, s: Sequence, result: Result | None, before: float | None) -> None:
+        """A sequence has got what a step made for it, `result` where drafts of the modules were in it; `before` is when
+        it had got the last."""
         m = self.metrics
-        for counts, upto in ((m.drafted, len(result.verified)), (m.accepted, result.accepted)):
-            counts.extend([0] * (len(result.verified) - len(counts)))
-            for i in range(upto):
-                counts[i] += 1
+        if result is not None:
+            for counts, upto in ((m.drafted, len(result.verified)), (m.accepted, result.accepted)):
+                counts.extend([0] * (len(result.verified) - len(counts)))
+                for i in range(upto):
+                    counts[i] += 1
         assert s.last_token is not None
         if before is None:
             m.first_token.add(s.last_token - s.request.arrived)

@@ -38,8 +38,8 @@ def page_bytes(model: Transformer, modules: int, cache_dtype: torch.dtype | None
 
 def workspace_bytes(model: Transformer, options: Options) -> int:
     """A bound on what a step allocates: one layer's activations of `step_tokens`, keys and values of the `workspace`
-    tokens that are expanded at once, and logits of every row that is decoded, as numbers, probabilities and their
-    order."""
+    tokens that are expanded at once, logits of every row that is decoded, as numbers, probabilities and their order,
+    and what drafts were drawn from."""
     c, size = model.config, model.embed.weight.element_size()
     H, heads = c.num_attention_heads, c.qk_nope_head_dim + c.qk_rope_head_dim
     routed = c.num_experts_per_tok * (2 * c.moe_intermediate_size + c.hidden_size) if c.has_experts else 0
@@ -48,4 +48,5 @@ def workspace_bytes(model: Transformer, options: Options) -> int:
     reach = max(options.workspace, options.step_tokens)
     expanded = reach * (H * (c.qk_nope_head_dim + c.v_head_dim) + c.kv_lora_rank + c.qk_rope_head_dim)
     rows = options.running * (1 + options.drafts)
-    return size * (options.step_tokens * token + expanded) + 16 * rows * c.vocab_size
+    drawn_from = 4 * (options.running + 1) * options.drafts * c.vocab_size
+    return size * (options.step_tokens * token + expanded) + 16 * rows * c.vocab_size + drawn_from

@@ -16,6 +16,7 @@ from torch import Tensor
 from abyssal.engine.compiled import Compiled
 from abyssal.engine.decode import Decoded, Decoder, Kind
 from abyssal.engine.graphs import Graphs, ladder
+from abyssal.engine.options import most_rows
 from abyssal.engine.pending import Lap, Pending
 from abyssal.engine.prefill import Chunk, Prefill, PromptLogprobs
 from abyssal.engine.slots import Slots, upload
@@ -54,8 +55,7 @@ class Runner:
             leaves(model, self.modules, cache_dtype), pages, PAGE, cache_dtype or weight.dtype, weight.device
         )
         self.layers = [i for i, block in enumerate(model.layers) if isinstance(block.ffn, MoE)]
-        # A step may write rows past a sequence's last token: those of drafts, and of one step more that is on its way.
-        columns = -(-(context + 2 * (1 + drafts)) // PAGE)
+        columns = -(-most_rows(context, drafts) // PAGE)
         load = (len(self.layers), config.n_routed_experts or 0)
         self.slots = Slots(
             running, columns, drafts, self.modules, config.hidden_size, config.vocab_size, load, weight.dtype,
@@ -93,7 +93,9 @@ class Runner:
             return self._whole(tokens, packing)
         return self._part((0, packing.sequences, packing.max_len), self._whole)(tokens, packing)
 
-    def _further(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
+    def _further(
+        self, depth: int, states: Tensor, ahead: Tensor, packing: Packing, path: str | None = None
+    ) -> Tensor:  # fmt: skip
         if not self.compiled:
             return self._module(depth, states, ahead, packing)
         return self._part((depth, packing.sequences, packing.max_len), self._module)(depth, states, ahead, packing)
@@ -113,10 +115,12 @@ class Runner:
             self._steps[kind] = Compiled(self._inside.step, self._say)
         return self._steps[kind](order, kind)
 
-    def _module(self, depth: int, states: Tensor, ahead: Tensor, packing: Packing) -> Tensor:
+    def _module(
+        self, depth: int, states: Tensor, ahead: Tensor, packing: Packing, path: str | None = None
+    ) -> Tensor:  # fmt: skip
         layer = self.cache.layers[self.model.config.num_hidden_layers + depth - 1]
         embedded, angles = self.model.enter(ahead, packing), rotary(self.model.config, packing.positions)
-        return self.model.mtp[depth - 1](states, embedded, angles, packing, layer)[0]
+        return self.model.mtp[depth - 1](states, embedded, angles, packing, layer, path)[0]
 
     # ---- what the engine asks for -------------------------------------------------------------------------
 
@@ -125,7 +129,7 @@ class Runner:
         """A pass over prompts alone."""
         ids, packing, path = self.prefill.prepare(chunks)
         lap.begin()
-        return self.prefill.finish(chunks, *self._run(ids, packing, path))
+        return self.prefill.finish(chunks, *self._run(ids, packing, path), path)
 
     @torch.inference_mode()
     def mixed(
@@ -144,7 +148,8 @@ class Runner:
         order, bits = self._order(slots, len(slots), masks)
         lap.begin()
         decoded = self.decoder.step(order, kind._replace(sequences=len(slots)), bits, main)
-        said = self.prefill.finish(chunks, *rest)
+        states, picks = rest
+        said = self.prefill.finish(chunks, states, picks, path)
         return Pending(decoded, len(slots), kind, self.device.type == "cuda"), said
 
     @property

@@ -42,9 +42,8 @@ class Sampling:
     prompt_logprobs: int | None = None  # as `logprobs`, of the prompt, which is then computed whole
 
     def __post_init__(self) -> None:
-        most = sys.float_info.max
         self._integer("max_tokens", 1, sys.maxsize, "1 or more")
-        self._number("temperature", 0.0, most, "0 (greedy) or more")
+        self._number("temperature", 0.0, 1e6, "0 (greedy) to a million")
         self._integer("top_k", 0, sys.maxsize, "0 (off) or more")
         self._number("top_p", 5e-324, 1.0, "above 0, at most 1")
         self._number("min_p", 0.0, 1.0, "from 0 to 1")

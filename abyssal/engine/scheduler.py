@@ -63,15 +63,13 @@ class Scheduler:
     # ---- the queue ----------------------------------------------------------------------------------------
 
     def claim(self, s: Sequence) -> tuple[float, float, int]:
-        """Who comes first; it doesn't change once a sequence runs."""
-        until = time.monotonic() if s.admitted is None else s.admitted
-        aged = s.request.priority - (until - s.request.arrived) // AGEING
-        return aged, s.request.arrived, s.sample
+        """Who comes first. All age alike, so the order of two never changes."""
+        return s.request.priority * AGEING + s.request.arrived, s.request.arrived, s.sample
 
     def add(self, s: Sequence) -> None:
         self.waiting.append(s)
 
-    def need(self, s: Sequence, rows: int) -> int:
+    def need(self, rows: int) -> int:
         """Pages for so many rows."""
         return -(-rows // self.pages.size)
 
@@ -118,10 +116,10 @@ class Scheduler:
         return False
 
     def _grow(self, s: Sequence, plan: Plan) -> None:
-        missing = self.need(s, self.rows_ahead(s)) - len(s.pages)
+        missing = self.need(self.rows_ahead(s)) - len(s.pages)
         if missing > 0:
             if self.pages.free > AHEAD * len(self.running):
-                last = self.need(s, len(s.tokens) + s.most + 2 * self.width) - len(s.pages)
+                last = self.need(len(s.tokens) + s.most + 2 * self.width) - len(s.pages)
                 missing = max(min(last, AHEAD), missing)
             got = self.pages.allocate(missing, after=s.pages[-1] if s.pages else None)
             if got is None:
@@ -136,7 +134,7 @@ class Scheduler:
         """Up to `budget` more of its tokens, all but the last in the end."""
         end = min(s.rows + budget, len(s.tokens) - 1)
         if end > s.rows:
-            asked = s.sampling.prompt_logprobs
+            asked = s.sampling.prompt_logprobs if s.prompt_missing else None
             chunk = Chunk(s.slot, s.tokens, s.pages, s.rows, end, s.origin, asked)
             plan.chunks.append((s, chunk))
         used, s.rows = end - s.rows, end
@@ -145,12 +143,12 @@ class Scheduler:
         return max(used, 1)
 
     def _admit(self, s: Sequence, plan: Plan) -> bool:
-        whole = s.sampling.prompt_logprobs is None
-        found, node = self.pages.match(s.tokens, s.request.salt) if whole else ([], self.pages.root(s.request.salt))
+        whole = s.prompt_missing
+        found, node = self.pages.match(s.tokens, s.request.salt) if not whole else ([], self.pages.root(s.request.salt))
         self.pages.hold(found)
-        missing = self.need(s, self.rows_ahead(s)) - len(found)
+        missing = self.need(self.rows_ahead(s)) - len(found)
         spare = self.pages.count // 64 if self.running else 0  # so that those that decode can grow for a while
-        room = self.need(s, len(s.tokens) + s.most + 2 * self.width) - len(found) - missing
+        room = self.need(len(s.tokens) + s.most + 2 * self.width) - len(found) - missing
         got = None
         if self.pages.free >= missing + spare:
             got = self.pages.allocate(missing, after=found[-1] if found else None, room=max(room, 0))
@@ -170,14 +168,15 @@ class Scheduler:
         self.running.sort(key=self.claim)
         return True
 
-    def fork(self, parent: Sequence, child: Sequence, plan: Plan) -> tuple[int, int] | None:
+    def fork(self, parent: Sequence, child: Sequence, plan: Plan) -> list[tuple[int, int]] | None:
         """Lets `child` share the pages of `parent`, both at the end of the same prompt. Returns the page of the parent
         and that of the child that must be copied into, (0, 0) if none; None, where there is no slot or page."""
-        shared, partial = divmod(len(parent.tokens) - 1, self.pages.size)
-        missing = self.need(child, self.rows_ahead(child)) - shared
+        # Rows of the modules at the end know the next tokens, which will be each one's own.
+        shared = self.pages.complete(len(parent.tokens))
+        missing = self.need(self.rows_ahead(child)) - shared
         if not self._slots or self.pages.free < missing:
             return None
-        room = self.need(child, len(child.tokens) + child.most + 2 * self.width) - shared - missing
+        room = self.need(len(child.tokens) + child.most + 2 * self.width) - shared - missing
         self.pages.hold(parent.pages[:shared])
         got = self.pages.allocate(missing, room=max(room, 0))
         assert got is not None
@@ -188,7 +187,8 @@ class Scheduler:
         self._give(child, parent.pages[:shared] + got, plan)
         self.running.append(child)
         self.running.sort(key=self.claim)
-        return (parent.pages[shared], got[0]) if partial else (0, 0)
+        partial = self.need(len(parent.tokens) - 1) - shared
+        return list(zip(parent.pages[shared:], got[:partial]))
 
     # ---- giving back --------------------------------------------------------------------------------------
 

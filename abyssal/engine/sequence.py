@@ -42,6 +42,8 @@ class Sequence:
         self.node: Node = 0  # of the last registered page
         self.registered = 0  # pages
         self.ahead = 0  # steps enqueued whose outcome is not known yet
+        self.drafting = False  # the step before, whether its outcome is known or not, made drafts
+        self.counted = False  # among the prompts taken in
         self.cold = False  # without the MTP modules' rows
         self.drafts: list[int] = []  # for the next step, where the host knows them
         # What its caller sees.
@@ -75,13 +77,14 @@ class Sequence:
         """Tokens that it may still generate, not counting those of steps whose outcome is not known."""
         return self.sampling.max_tokens - self.generated
 
-    def take(self, result: Result, now: float) -> None:
-        """What a step made for it: accepted drafts and a token. Sets `finish` where the text ends with that.
+    def take(self, result: Result, now: float, drafted: bool) -> None:
+        """What a step made for it: accepted drafts and a token. Sets `finish` where the text ends with that. `drafted`:
+        the drafts were the MTP modules', and not what stands for them at first.
 
         Raises GrammarError for a token that its grammar forbids.
         """
-        self.drafted += len(result.verified)
-        self.accepted += result.accepted
+        self.drafted += len(result.verified) * drafted
+        self.accepted += result.accepted * drafted
         self.drafts = result.drafts
         for i, token in enumerate([*result.verified[: result.accepted], result.token]):
             if self.constraint is not None:
@@ -90,24 +93,30 @@ class Sequence:
             if self.sampling.logprobs is not None and result.logprobs is not None:
                 own, top = result.logprobs[i]
                 said = TokenLogprob(token, own, top[: self.sampling.logprobs])
-            self.push(token, i < result.accepted, said)
+            self.push(token, drafted and i < result.accepted, said)
             if self.finish is None and self.constraint is not None and self.constraint.finished:
                 self.finish = "stop"
-                self._say(self._rest(), i < result.accepted)
+                self._say(self._rest(), drafted and i < result.accepted)
             if self.finish is not None:
                 break
         self.first_token = now if self.first_token is None else self.first_token
         self.last_token = now
         self.rows = len(self.tokens) - 1
 
-    def push_prompt(self, own: list[float], ids: list[list[int]], values: list[list[float]]) -> None:
-        """Log-probabilities of the prompt's next tokens, and of the likeliest in their places."""
+    @property
+    def prompt_missing(self) -> bool:
+        """Whether log-probabilities of the prompt are asked for that are not all there."""
+        said = len(self.prompt_logprobs or ())
+        return self.sampling.prompt_logprobs is not None and said < len(self.request.prompt)
+
+    def push_prompt(self, first: int, own: list[float], ids: list[list[int]], values: list[list[float]]) -> None:
+        """Log-probabilities of the prompt's tokens from `first` on, and of the likeliest in their places. Those that
+        are there already, from before a preemption, stay."""
         if self.prompt_logprobs is None:
             self.prompt_logprobs = [None]  # of the first nothing is known
-        for logprob, some, of in zip(own, ids, values):
-            token = self.tokens[len(self.prompt_logprobs)]
-            if len(self.prompt_logprobs) < len(self.request.prompt):
-                self.prompt_logprobs.append(TokenLogprob(token, logprob, list(zip(some, of))))
+        for at, (logprob, some, of) in enumerate(zip(own, ids, values), start=first):
+            if len(self.prompt_logprobs) == at < len(self.request.prompt):
+                self.prompt_logprobs.append(TokenLogprob(self.tokens[at], logprob, list(zip(some, of))))
 
     def push(self, token: int, drafted: bool, logprob: TokenLogprob | None) -> None:
         """Takes one generated token. `drafted`: an MTP module drafted it. Sets `finish` where it ends the text."""
@@ -126,8 +135,8 @@ class Sequence:
             if stopped:
                 self.finish, self.stop = "stop", self._watcher.found
         if self.finish is None and self.generated >= self.sampling.max_tokens:
-            self.finish = "length"
             self._say(self._rest(), drafted)
+            self.finish = "length" if self.stop is None else "stop"
 
     def end(self, finish: Finish, error: str | None = None) -> None:
         """Ends this sample from outside: a failure, an abort or a deadline."""

@@ -41,8 +41,9 @@ class Slots:
         self.past_load = torch.zeros(load, dtype=torch.int64, device=device)  # of sequences that are gone
         self.temperature, self.top_p, self.min_p = (rows(dtype=torch.float32) for _ in range(3))
         self.top_k, self.seed = rows(dtype=torch.int32), rows(dtype=torch.int64)
+        # What drafts were drawn from. There from the start, since steps are captured before anybody samples.
+        self.draft_probs = rows(drafts, vocab, dtype=torch.float32) if drafts else None
         # Made when first asked for: a row is as wide as the vocabulary.
-        self.draft_probs: Tensor | None = None  # [count + 1, drafts, vocab]: what drafts were drawn from
         self.bias: Tensor | None = None  # [count + 1, vocab]
         self.counts: Tensor | None = None  # [count + 1, vocab] int32: of each id in the output
         self.seen: Tensor | None = None  # [count + 1, vocab] bool: in the prompt
@@ -65,10 +66,7 @@ class Slots:
         self.temperature[at] = temperature * 0 if sampling.greedy else temperature
         self.top_p[at], self.min_p[at] = numbers[1:2], numbers[2:3]
         self.top_k[at] = upload([min(sampling.top_k, self.vocab)], torch.int32, self.device)
-        if not sampling.greedy and self.drafts and self.draft_probs is None:
-            shape = (self.count + 1, self.drafts, self.vocab)
-            self.draft_probs = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        if self.draft_probs is not None:
+        if self.draft_probs is not None and not sampling.greedy:
             self.draft_probs[at] = 0
             self.draft_probs[at, :, place[3:4]] = 1
         if self.bias is not None:
@@ -98,10 +96,14 @@ class Slots:
             self.seen[slot] = False
             self.seen[slot, upload(prompt, torch.int64, self.device)] = True
 
-    def forget_loads(self, slots: Several[int]) -> None:
-        """New sequences come to these slots."""
-        if slots and self.load.numel():
-            at = upload(slots, torch.int64, self.device)
+    def vacate(self, slots: Several[int]) -> None:
+        """New sequences come to these slots: what those before left there is counted, and gone."""
+        if not slots:
+            return
+        at = upload(slots, torch.int64, self.device)
+        for kept in self.kept:  # may be no number, and a text shorter than the modules' depth reads it
+            kept[at] = 0
+        if self.load.numel():
             self.past_load += self.load[at].sum(0)
             self.load[at] = 0
 

@@ -6,22 +6,30 @@ every rung of the batch size (powers of two) both kinds are timed as they occur,
 second is taken.
 """
 
-from dataclasses import dataclass
+from collections import deque
+from statistics import mean, median
 
-KEEP = 0.9  # of the running means, at each step
+LATELY = 9  # steps whose median counts: one that compiled or captured something says nothing
 TRIAL = 4  # steps of the kind that isn't taken, to time it
 EVERY = 512  # steps between two trials
 SKIP = 2  # steps after a change that aren't timed
 
 
-@dataclass
-class Mean:
-    value: float = 0.0
-    count: int = 0
+class Lately:
+    """The median of seconds, and the mean of tokens, over the last steps of a kind."""
 
-    def add(self, x: float) -> None:
-        self.value = x if not self.count else KEEP * self.value + (1 - KEEP) * x
+    def __init__(self) -> None:
+        self.count = 0
+        self._steps: deque[tuple[float, float]] = deque(maxlen=LATELY)
+
+    def add(self, seconds: float, tokens: float) -> None:
         self.count += 1
+        self._steps.append((seconds, tokens))
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of a sequence."""
+        return mean(tokens for _, tokens in self._steps) / median(seconds for seconds, _ in self._steps)
 
 
 class Speculation:
@@ -29,8 +37,7 @@ class Speculation:
 
     def __init__(self, drafts: int, adapt: bool = True) -> None:
         self.drafts, self.adapt = drafts, adapt
-        self._seconds: dict[tuple[int, bool], Mean] = {}
-        self._tokens = Mean()  # a step and sequence, where drafts are verified
+        self._lately: dict[tuple[int, bool], Lately] = {}
         self._steps: dict[int, int] = {}
         self._last: tuple[int, bool] | None = None
         self._since = 0
@@ -40,14 +47,13 @@ class Speculation:
         if not self.drafts or not self.adapt:
             return self.drafts > 0
         rung = self._rung(sequences)
-        with_, without = (self._seconds.get((rung, kind), Mean()) for kind in (True, False))
+        with_, without = (self._lately.setdefault((rung, kind), Lately()) for kind in (True, False))
         steps = self._steps.get(rung, 0)
         if with_.count < TRIAL:
             return True
         if without.count < TRIAL:
             return steps % (8 * TRIAL) >= TRIAL + SKIP  # in between, so that no text waits for a trial
-        better = self._tokens.value / with_.value > 1 / without.value
-        return better != (steps % EVERY < TRIAL + SKIP)
+        return (with_.rate > without.rate) != (steps % EVERY < TRIAL + SKIP)
 
     def tell(self, sequences: int, speculated: bool, seconds: float, tokens: int) -> None:
         """A step without prompts in it took so long and gave `tokens` to `sequences`."""
@@ -57,9 +63,7 @@ class Speculation:
         self._since = self._since + 1 if kind == self._last else 0
         self._last = kind
         if self._since >= SKIP:
-            self._seconds.setdefault(kind, Mean()).add(seconds)
-            if speculated:
-                self._tokens.add(tokens / sequences)
+            self._lately.setdefault(kind, Lately()).add(seconds, tokens / sequences)
 
     @staticmethod
     def _rung(sequences: int) -> int:

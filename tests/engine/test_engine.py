@@ -33,7 +33,10 @@ def make(modules: int = 1, dtype: torch.dtype = torch.float32, **changes: object
     return model.eval().requires_grad_(False)
 
 
-MODEL = make()
+# The main models are the same: their greedy texts are.
+MODELS = {1: make(), 2: make(2)}
+MODEL = MODELS[1]
+MODELS[2].load_state_dict(MODEL.state_dict(), strict=False)
 # Prompts that begin alike, at and about the borders of pages.
 BASE = torch.randint(0, 64, (200,), generator=torch.Generator().manual_seed(1)).tolist()
 _alone: dict[tuple[int, ...], list[int]] = {}
@@ -82,6 +85,8 @@ arrivals = st.lists(
         st.one_of(st.none(), st.integers(0, 8)),  # steps after which it is aborted
         st.sampled_from([None, False]),  # speculation
         st.integers(0, 2),  # priority
+        st.sampled_from([1, 1, 3]),  # samples
+        st.sampled_from([None, None, 1]),  # log-probabilities of the prompt
     ),
     min_size=1,
     max_size=7,
@@ -91,35 +96,40 @@ arrivals = st.lists(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     arrivals, st.integers(5, 14), st.sampled_from([1, 2, 4]), st.sampled_from([0, 1, 3]), st.sampled_from([8, 70, 300]),
-    st.booleans(), st.booleans(),
+    st.booleans(), st.booleans(), st.booleans(), st.sampled_from([1, 2]),
 )  # fmt: skip
 def test_a_text_is_its_own_whatever_the_schedule(
-    coming: list[tuple[int, tuple[int, ...], int, int | None, bool | None, int]],
-    pages: int, running: int, drafts: int, step_tokens: int, prefix_cache: bool, deterministic: bool,
+    coming: list[tuple[int, tuple[int, ...], int, int | None, bool | None, int, int, int | None]],
+    pages: int, running: int, drafts: int, step_tokens: int, prefix_cache: bool, deterministic: bool, ahead: bool,
+    modules: int,
 ) -> None:  # fmt: skip
+    """`ahead`: steps are read after the next has been enqueued, as on a GPU."""
     options = Options(
         pages=pages, running=running, context=200, drafts=drafts, step_tokens=step_tokens, prefix_cache=prefix_cache,
         deterministic=deterministic, adapt=False,
     )  # fmt: skip
-    engine = Engine(MODEL, None, options)
+    engine = Engine(MODELS[modules], None, options)
+    engine.asynchronous = ahead
     done: dict[tuple[int, int], Output] = {}
     for now in range(3000):
-        for id, (at, prompt, count, abort, speculate, priority) in enumerate(coming):
+        for id, (at, prompt, count, abort, speculate, priority, n, said) in enumerate(coming):
             if at == now:
-                sampling = Sampling(max_tokens=count, temperature=0, speculate=speculate)
+                sampling = Sampling(max_tokens=count, temperature=0, speculate=speculate, n=n, prompt_logprobs=said)
                 engine.add(Request(id, prompt, sampling, priority))
             if abort is not None and at + abort == now:
                 engine.abort(id)
         if not engine.busy and now > 25:
             break
         done |= outputs(engine.step())
-    assert len(done) == len(coming)
-    for id, (_, prompt, count, abort, _, _) in enumerate(coming):
-        output = done[id, 0]
+    assert len(done) == sum(one[6] for one in coming)
+    for id, (_, prompt, count, abort, _, _, n, said) in enumerate(coming):
         expected = alone(prompt, count)
-        assert output.finish == "length" or (output.finish == "abort" and abort is not None), output
-        assert output.tokens == expected[: len(output.tokens)]
-        assert output.finish == "abort" or output.tokens == expected
+        for output in (done[id, sample] for sample in range(n)):
+            assert output.finish == "length" or (output.finish == "abort" and abort is not None), output
+            assert output.tokens == expected[: len(output.tokens)]
+            if output.finish != "abort":
+                assert output.tokens == expected
+                assert len(output.prompt_logprobs or ()) == (0 if said is None else len(prompt))
     idle(engine)
 
 
@@ -188,6 +198,38 @@ def test_samples_whose_first_is_aborted_go_on_and_all_end_with_their_request() -
     idle(engine)
 
 
+def test_samples_with_two_modules_keep_rows_that_know_the_future_to_themselves() -> None:
+    """A module's last rows know the next tokens, which differ from sample to sample: such a page is nobody else's, and
+    known to the prefix cache by one content alone."""
+    model = MODELS[2]
+    engine = Engine(model, None, Options(pages=60, running=8, context=300, drafts=2, adapt=False))
+    for round in range(3):
+        asked = Sampling(max_tokens=80, temperature=2.0, n=4, speculate=True, seed=round)
+        engine.add(Request(10 * round, tuple(BASE[:65]), asked))
+        run(engine)
+        for id, n in enumerate((65, 66, 130)):
+            engine.add(Request(id, tuple(BASE[:n]), Sampling(max_tokens=6, temperature=0)))
+            assert run(engine)[id, 0].tokens == alone(tuple(BASE[:n]), 6)
+    known = engine.pages._content
+    assert {page: key for key, (_, page) in known.items()} == engine.pages._key and len(known) == len(engine.pages._key)
+    idle(engine)
+
+
+def test_the_first_is_never_sent_back_for_one_that_has_waited() -> None:
+    """What is sent back has its place in the order of arrival, and later ones don't overtake it."""
+    engine = Engine(MODEL, None, Options(pages=8, running=4, context=400))
+    now = time.monotonic()
+    for id in range(4):
+        asked = Sampling(max_tokens=120, temperature=0)
+        engine.add(Request(id, tuple(BASE[id : id + 40]), asked, arrived=now - 1000 + 100 * id))
+    ends: list[int] = []
+    while engine.busy:
+        ends += [id for id, _ in outputs(engine.step())]
+        if engine.scheduler.running:
+            assert engine.scheduler.running[0].request.id == min(set(range(4)) - set(ends))
+    assert ends == sorted(ends) and engine.metrics.preemptions > 0
+
+
 def test_a_deadline_ends_a_request_that_waits_or_runs() -> None:
     engine = Engine(MODEL, None, Options(pages=40, running=1, context=300))
     engine.add(Request(0, (1, 2), Sampling(max_tokens=100, temperature=0), deadline=time.monotonic() + 0.05))
@@ -214,10 +256,12 @@ def test_a_lower_priority_number_runs_earlier_and_waiting_raises_it() -> None:
 
 def test_what_can_never_fit_is_refused_by_name() -> None:
     engine = Engine(MODEL, None, Options(pages=3, running=1, context=400))
-    with pytest.raises(ValueError, match="prompt: needs up to 4 pages of the cache, which has 2"):
+    with pytest.raises(ValueError, match="prompt: 100 tokens and max_tokens 100 exceed the context of 125"):
         engine.add(Request(0, tuple(BASE[:100]), Sampling(max_tokens=100)))
     with pytest.raises(ValueError, match="logit_bias: expected token ids from 0 to 63"):
         engine.add(Request(0, (1,), Sampling(max_tokens=3, logit_bias={64: 1.0})))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="priority: expected an integer from -1000000 to 1000000"):
+        engine.add(Request(0, (1,), Sampling(max_tokens=3), priority=10**400))
     with pytest.raises(ValueError, match="grammar: needs a tokenizer"):
         from abyssal.engine.sampling import Grammar
 

@@ -206,6 +206,18 @@ def test_bad_requests_are_named_before_any_work(prompt: object, sampling: object
         LLM(make()).generate(prompt, sampling)  # type: ignore[arg-type]
 
 
+def test_a_stream_that_nobody_reads_to_its_end_and_a_refusal_leave_nothing_behind() -> None:
+    llm = LLM(make(), max_batch=2, cache_bytes=4 * 64 * 4 * 32 * 8)
+    stream = llm.stream(prompts(), GREEDY)
+    next(stream)
+    stream.close()
+    assert [len(o.tokens) for o in llm.generate([prompts()[0]], GREEDY)] == [12]
+    with pytest.raises(ValueError, match="exceed the context of"):
+        llm.generate([[1, 2], [3] * 400], GREEDY)  # the pool is smaller than the model's context
+    assert [len(o.tokens) for o in llm.generate(prompts(), GREEDY)] == [12] * 5
+    assert llm.engine is not None and llm.engine.pages.free == llm.engine.options.pages - 1
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="drafts: expected 0, as there is no MTP module, got 1"):
         LLM(make(num_nextn_predict_layers=0), drafts=1)

@@ -109,6 +109,30 @@ def test_sampled_requests_with_every_setting_run_captured() -> None:
     assert {len(t) for t in first} == {12}
 
 
+def test_sampled_output_has_the_model_s_distribution_with_steps_captured_at_the_start() -> None:
+    """Over a vocabulary of 6 in float32: two tokens of many requests that come while others decode, drawn with drafts,
+    against exact probabilities."""
+    model = make(vocab_size=6)
+    cpu = Transformer(model.config).double()
+    cpu.load_state_dict({k: v.cpu() for k, v in model.state_dict().items()})
+
+    def after(tokens: list[int]) -> torch.Tensor:
+        return (cpu(torch.tensor(tokens), [len(tokens)])[-1] / 1.3).softmax(-1)
+
+    prompt, draws = [1, 3, 2], 4000
+    first = after(prompt)
+    exact = {(a, b): float(first[a] * after([*prompt, a])[b]) for a in range(6) for b in range(6)}
+    random.seed(7)
+    llm = LLM(model, max_batch=48, drafts=1, adapt=False, max_context=64)
+    outputs = llm.generate([prompt] * draws, Sampling(max_tokens=2 + 3, temperature=1.3))
+    assert 0 < llm.totals.accepted < llm.totals.drafted
+    seen = dict.fromkeys(exact, 0)
+    for o in outputs:
+        seen[o.tokens[0], o.tokens[1]] += 1
+    chi2 = sum((seen[pair] - draws * p) ** 2 / (draws * p) for pair, p in exact.items())
+    assert chi2 < 35 + 4.5 * (2 * 35) ** 0.5
+
+
 def test_deterministic_output_is_the_same_to_the_bit_whatever_the_mates() -> None:
     """In bf16, on the shapes of the fast kernels: logits of every token, alone, in company, in pieces, from the prefix
     cache, after preemption, with and without drafts."""
