@@ -179,7 +179,10 @@ def serve(
     cache_bytes: Annotated[int | None, typer.Option(help="Of the latent cache. [default: of what is free]")] = None,
     max_running: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 64,
     max_context: Annotated[int | None, typer.Option(help="Tokens of a sequence. [default: the model's]")] = None,
-    step_tokens: Annotated[int, typer.Option(help="Tokens of a step, prompts and decoding together.")] = 2048,
+    step_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a step, prompts too. [default: 2048 on a CPU, 8192 on a GPU]", min=1),
+    ] = None,
     prefix_cache: Annotated[bool, typer.Option(help="Keep the latents of prompts for others that begin alike.")] = True,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="The same text whatever else runs, on a GPU too.")
@@ -211,7 +214,7 @@ def serve(
         drafts=drafts if speculation else 0,
         prefix_cache=prefix_cache,
         deterministic=deterministic,
-        compiled=compiled,
+        compiled=bool(compiled),
     )
     limits = Limits().changed(limit or ())
     code = serve(settings, name, Address(host, port, Keys.find(api_key_file), insecure), limits, drain)

@@ -2,11 +2,12 @@
 
 The worker (`worker.py`) holds the model; here are its requests and their streams. Both sides speak JSON, a line a
 message, over the worker's standard input and output. A worker that ends, however it ends, closes its output: every
-stream then ends in EngineDead, and `dead` is set.
+stream then ends in EngineDead, and `dead` is set. So it is where what the worker says can't be read.
 """
 
 import asyncio
 import json
+import logging
 import sys
 import time
 from asyncio.subprocess import PIPE
@@ -15,11 +16,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from abyssal.engine.messages import from_sampling, line, to_piece
+from abyssal.engine.messages import Assembly, from_sampling, line
+from abyssal.engine.options import PRIORITIES
 from abyssal.engine.request import Piece
 from abyssal.engine.sampling import Sampling
 
-LONGEST = 1 << 28  # bytes of a message
+LOGGER = logging.getLogger("abyssal.engine")
+LONGEST = 1 << 24  # bytes of a message of the worker; see `messages.py` for what keeps them far below
 GRACE = 5.0  # seconds that a worker may take to end
 
 
@@ -35,6 +38,14 @@ class QueueFull(RuntimeError):
         self.retry_after = retry_after
 
 
+class Refused(ValueError):
+    """What the engine's worker finds wrong with a request; `grammar`: with its grammar."""
+
+    def __init__(self, message: str, grammar: bool) -> None:
+        super().__init__(message)
+        self.grammar = grammar
+
+
 @dataclass(frozen=True)
 class EngineSettings:
     """Everything that an engine is started with. `None` is what its comment says."""
@@ -46,11 +57,11 @@ class EngineSettings:
     cache_bytes: int | None = None  # of the page pool; from free memory
     max_running: int = 64  # sequences decoded at once
     max_context: int | None = None  # tokens of a sequence; the model's
-    step_tokens: int = 2048  # tokens of a step, prompts and decoding together
+    step_tokens: int | None = None  # tokens of a step, prompts and decoding together; 2048 on a CPU, 8192 on a GPU
     drafts: int | None = None  # tokens drafted a step; one for each MTP module
     prefix_cache: bool = True
     deterministic: bool = False
-    compiled: bool | None = False  # the decoding step, on a CPU
+    compiled: bool = False  # the decoding step, on a CPU
     max_waiting: int = 256  # requests in the queue
     max_grammar_bytes: int = 65536
     grammar_seconds: float = 2.0
@@ -77,21 +88,23 @@ class EngineInfo:
 class RequestStream:
     """The pieces of one request as they come; ends after the last sample's Output. Closing it early aborts."""
 
-    def __init__(self, engine: "AsyncEngine", id: int, prompt: list[int], samples: int) -> None:
-        self._engine, self._id, self._prompt, self._open = engine, id, prompt, samples
-        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+    def __init__(self, engine: "AsyncEngine", id: int, prompt: list[int], sampling: Sampling) -> None:
+        self._engine, self._id = engine, id
+        self._open = self._running = sampling.n  # samples whose Output has not been read, or has not come
+        self._whole = Assembly(prompt, sampling)
+        self._pieces: asyncio.Queue[Piece | Refused | EngineDead] = asyncio.Queue()
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self
 
     async def __anext__(self) -> Piece:
-        """Raises EngineDead where the worker has ended."""
+        """Raises EngineDead where the worker has ended, and Refused, a ValueError, where it refuses the request."""
         if not self._open:
             raise StopAsyncIteration
         piece = await self._pieces.get()
-        if piece is None:
+        if isinstance(piece, Exception):
             self._open = 0
-            raise EngineDead("the engine has ended")
+            raise piece
         self._open -= piece.output is not None
         return piece
 
@@ -102,9 +115,6 @@ class RequestStream:
         """Ends the request; what it held is free within a step. Does nothing once it has ended."""
         self._engine._abort(self._id)
 
-    def _take(self, plain: dict[str, Any]) -> None:
-        self._pieces.put_nowait(to_piece(plain, self._prompt))
-
 
 class AsyncEngine:
     """`await AsyncEngine.start(settings)`, then `submit`."""
@@ -114,11 +124,12 @@ class AsyncEngine:
         self.settings, self.info, self.pid = settings, info, process.pid
         self.dead = asyncio.Event()  # set as soon as the worker has ended, whyever
         self._process = process
-        self._streams: dict[int, tuple[RequestStream, int]] = {}  # and samples that have not ended
-        self._samples = 0
+        self._streams: dict[int, RequestStream] = {}
+        self._samples = 0  # of these, that have not ended
         self._next = 0
         self._stats: dict[str, Any] = {}
         self._closing = False
+        self._heard = time.monotonic()
         self._ended = [time.monotonic()] * 32  # when the last requests did
         self._reader = asyncio.create_task(self._read())
 
@@ -155,8 +166,9 @@ class AsyncEngine:
         inspect: bool = False,
     ) -> RequestStream:
         """Queues a request. Lower `priority` runs earlier; `deadline` is in seconds from now; prompts of different
-        `salt` never share pages. Raises QueueFull, EngineDead, and ValueError naming what can't be. A failure in the
-        worker, such as a grammar that doesn't compile, ends the stream with an Output whose finish is "error"."""
+        `salt` never share pages. Raises QueueFull, EngineDead, and ValueError naming what can't be. What only the
+        worker can tell, such as that a grammar doesn't compile, ends the stream in Refused; a failure in the worker
+        ends it with an Output whose finish is "error"."""
         if self.dead.is_set() or self._closing:
             raise EngineDead("the engine has ended")
         ids = list(prompt)
@@ -167,11 +179,16 @@ class AsyncEngine:
                 f"prompt: {len(ids)} tokens and max_tokens {sampling.max_tokens} exceed the context of "
                 f"{self.info.max_context}"
             )
-        if self._samples + sampling.n > self.settings.max_running + self.settings.max_waiting:
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > PRIORITIES:
+            raise ValueError(f"priority: expected an integer from -{PRIORITIES} to {PRIORITIES}, got {priority!r}")
+        most = self.settings.max_running + self.settings.max_waiting
+        if sampling.n > most:
+            raise ValueError(f"n: expected at most {most}, as many as may run and wait, got {sampling.n}")
+        if self._samples + sampling.n > most:
             raise QueueFull(self._retry())
         self._next += 1
-        stream = RequestStream(self, self._next, ids, sampling.n)
-        self._streams[self._next] = (stream, sampling.n)
+        stream = RequestStream(self, self._next, ids, sampling)
+        self._streams[self._next] = stream
         self._samples += sampling.n
         self._send(
             op="add", id=self._next, prompt=ids, sampling=from_sampling(sampling), priority=priority,
@@ -182,6 +199,11 @@ class AsyncEngine:
     def stats(self) -> dict[str, Any]:
         """The newest numbers of the worker (`metrics.Metrics.snapshot`), at most a fraction of a second old."""
         return self._stats
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the worker last said something. It does a few times a second, but not during a step."""
+        return time.monotonic() - self._heard
 
     async def close(self, drain: float = 0.0) -> None:
         """Ends the worker, after waiting up to `drain` seconds for what runs."""
@@ -211,31 +233,45 @@ class AsyncEngine:
 
     async def _read(self) -> None:
         assert self._process.stdout is not None
-        with suppress(ConnectionError, ValueError):  # a line that isn't JSON, or too long: nothing can be trusted
+        try:
             while text := await self._process.stdout.readline():
-                message = json.loads(text)
-                self._stats = message.get("stats", self._stats)
-                for plain in message.get("pieces", ()):
-                    self._deliver(plain)
-        if self._process.returncode is None:
-            with suppress(ProcessLookupError):
-                self._process.kill()
-        self.dead.set()
-        for stream, _ in self._streams.values():
-            stream._pieces.put_nowait(None)
-        self._streams.clear()
+                self._heard = time.monotonic()
+                self._take(json.loads(text))
+                await asyncio.sleep(0)  # many lines may be here already, and none of them waits
+        except ConnectionError:
+            pass
+        except Exception as error:  # after it nothing can be trusted
+            LOGGER.error("reading what the engine says", exc_info=error)
+        finally:
+            if self._process.returncode is None:
+                with suppress(ProcessLookupError):
+                    self._process.kill()
+            self.dead.set()
+            for stream in self._streams.values():
+                stream._pieces.put_nowait(EngineDead("the engine has ended"))
+            self._streams.clear()
 
-    def _deliver(self, plain: dict[str, Any]) -> None:
-        id = plain["i"]
-        found = self._streams.get(id)
-        if found is None:
-            return
-        stream, samples = found
-        if "o" in plain:
-            self._samples -= 1
-            samples -= 1
-            self._streams[id] = (stream, samples)
-            if not samples:
-                del self._streams[id]
-                self._ended = [*self._ended[1:], time.monotonic()]
-        stream._take(plain)
+    def _take(self, message: dict[str, Any]) -> None:
+        self._stats = message.get("stats", self._stats)
+        for plain in message.get("pieces", ()):
+            stream = self._streams.get(plain["i"])
+            if stream is not None:
+                if "o" in plain:
+                    self._ended_of(stream, 1)
+                stream._pieces.put_nowait(stream._whole.piece(plain))
+        if "prompt" in message:
+            id, part = message["prompt"]
+            if id in self._streams:
+                self._streams[id]._whole.prompt(part)
+        if "refused" in message:
+            id, said, grammar = message["refused"]
+            stream = self._streams[id]
+            self._ended_of(stream, stream._running)
+            stream._pieces.put_nowait(Refused(said, grammar))
+
+    def _ended_of(self, stream: RequestStream, samples: int) -> None:
+        self._samples -= samples
+        stream._running -= samples
+        if not stream._running:
+            del self._streams[stream._id]
+            self._ended = [*self._ended[1:], time.monotonic()]

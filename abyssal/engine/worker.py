@@ -1,7 +1,8 @@
 """The engine's own process: `python -m abyssal.engine.worker`. Commands come in, pieces and numbers go out.
 
-One thread reads commands, one compiles grammars, and the first one steps the engine and never waits for anything else
-while there is work. When its input ends, so does it: a worker outlives nobody.
+One thread reads commands, a few compile grammars, and the first one steps the engine and never waits for anything else
+while there is work. When its input ends, so does it: a worker outlives nobody. A request whose grammar is being
+compiled waits with the first thread, where an abort or its deadline finds it; what is compiled then is thrown away.
 """
 
 import json
@@ -11,22 +12,33 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from abyssal.engine.client import EngineInfo, EngineSettings
-from abyssal.engine.constraint import Constraint
+from abyssal.engine.constraint import COMPILING, Constraint
 from abyssal.engine.engine import Engine
 from abyssal.engine.llm import LLM
-from abyssal.engine.messages import from_piece, line, to_sampling
-from abyssal.engine.request import Output, Piece, Request
+from abyssal.engine.messages import line, lines, to_sampling
+from abyssal.engine.request import Finish, Output, Piece, Request
 from abyssal.engine.runner import PAGE
 
 TELL = 0.25  # seconds between two reports of numbers
 LOADS = 2.0  # and of the experts' load, which waits for the device
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64, "fp8": torch.uint8}
+STEP_TOKENS = 8192  # on a GPU, where LLM's 16384 would hold those who decode up for longer
+
+
+@dataclass
+class Compiling:
+    """A request whose grammar is being compiled, or waits for it."""
+
+    request: Request
+    over: bool = False  # nobody waits for it any more
 
 
 class Worker:
@@ -35,7 +47,10 @@ class Worker:
     def __init__(self, commands: BinaryIO, answers: BinaryIO) -> None:
         self.commands, self.answers = commands, answers
         self.inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self.grammars: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self.grammars: queue.SimpleQueue[Compiling] = queue.SimpleQueue()
+        self.compiling: dict[int, Compiling] = {}
+        self.running: dict[int, int] = {}  # samples that have not ended, of each request
+        self.prompts: dict[int, int] = {}  # of each request, log-probabilities of its prompt that have been sent
         self.told = self.loaded = 0.0
         self.until: float | None = None  # when a drain ends
 
@@ -43,25 +58,39 @@ class Worker:
         self.answers.write(line(message))
         self.answers.flush()
 
+    def tell(self, pieces: list[Piece]) -> None:
+        for text in lines(pieces, self.prompts):
+            self.answers.write(text)
+        self.answers.flush()
+        for piece in pieces:
+            if piece.output is not None:
+                self.running[piece.index] -= 1
+                if not self.running[piece.index]:
+                    self.forget(piece.index)
+
+    def forget(self, id: int) -> None:
+        """A request has ended."""
+        del self.running[id]
+        self.prompts.pop(id, None)
+
     def run(self) -> int:
         """The process's exit code."""
         settings = EngineSettings(**json.loads(self.commands.readline()))
         try:
             self.llm = build(settings)
-            self.engine = self.llm.engine or self.llm.start(compiled=bool(settings.compiled))
+            self.engine = self.llm.engine or self.llm.start(compiled=settings.compiled)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             self.say(failed=f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else str(error))
             return 1
         self.say(ready=vars(info(self.llm, self.engine)), stats=self.engine.snapshot())
         threading.Thread(target=self.read, daemon=True).start()
-        threading.Thread(target=self.compile, daemon=True).start()
+        for _ in range(COMPILING):
+            threading.Thread(target=self.compile, daemon=True).start()
         while True:
             if not self.take():
                 return 0
             if self.engine.busy:
-                pieces = self.engine.step()
-                if pieces:
-                    self.say(pieces=[from_piece(piece) for piece in pieces])
+                self.tell(self.engine.step())
             self.report()
 
     def take(self) -> bool:
@@ -74,15 +103,25 @@ class Worker:
                 break
             wait = False
             if op == "add":
-                self.add(*what)
+                self.running[what.id] = what.sampling.n
+                self.add(what, None)
+            elif op == "compile":
+                self.running[what.request.id] = what.request.sampling.n
+                self.compiling[what.request.id] = what
+            elif op == "compiled":
+                self.compiled(*what)
+            elif op == "abort" and what in self.compiling:
+                self.give_up(self.compiling[what], "abort")
             elif op == "abort":
                 self.engine.abort(what)
-            elif op == "refuse":
-                self.refuse(*what)
             elif op == "close":
                 self.until = time.monotonic() + what
-        over = self.until is not None and (not self.engine.busy or time.monotonic() > self.until)
-        return not over
+        now = time.monotonic()
+        for waiting in list(self.compiling.values()):
+            if waiting.request.deadline is not None and now > waiting.request.deadline:
+                self.give_up(waiting, "deadline")
+        idle = not (self.engine.busy or self.compiling)
+        return self.until is None or not (idle or now > self.until)
 
     def add(self, request: Request, constraint: Constraint | None) -> None:
         try:
@@ -90,11 +129,30 @@ class Worker:
         except (ValueError, TypeError) as error:
             self.refuse(request, str(error))
 
-    def refuse(self, request: Request, error: str) -> None:
-        """Every sample ends with the reason."""
-        for sample in range(request.sampling.n):
-            output = Output([], [], "", "error", error=error, sample=sample)
-            self.say(pieces=[from_piece(Piece(request.id, "", output, sample))])
+    def compiled(self, waiting: Compiling, result: Constraint | Exception | None) -> None:
+        if waiting.over:
+            return
+        del self.compiling[waiting.request.id]
+        if isinstance(result, ValueError):  # a grammar that can't be, or a package that is missing
+            self.refuse(waiting.request, str(result), grammar=True)
+        elif isinstance(result, Exception):
+            self.end(waiting.request, "error", f"{type(result).__name__}: {result}")
+        else:
+            self.add(waiting.request, result)
+
+    def give_up(self, waiting: Compiling, finish: Finish) -> None:
+        waiting.over = True
+        del self.compiling[waiting.request.id]
+        self.end(waiting.request, finish)
+
+    def refuse(self, request: Request, error: str, grammar: bool = False) -> None:
+        self.forget(request.id)
+        self.say(refused=[request.id, error, grammar])
+
+    def end(self, request: Request, finish: Finish, error: str | None = None) -> None:
+        """Of a request that the engine has not seen."""
+        samples = range(request.sampling.n)
+        self.tell([Piece(request.id, "", Output([], [], "", finish, error=error, sample=i), i) for i in samples])
 
     def report(self) -> None:
         now = time.monotonic()
@@ -107,35 +165,48 @@ class Worker:
     # ---- the other threads --------------------------------------------------------------------------------
 
     def read(self) -> None:
-        for text in self.commands:
-            command = json.loads(text)
-            op = command["op"]
-            if op == "add":
+        try:
+            for text in self.commands:
+                self.command(json.loads(text))
+        finally:  # whatever ends it: what nobody can command must end
+            self.inbox.put(("close", 0.0))
+
+    def command(self, command: dict[str, Any]) -> None:
+        match command["op"]:
+            case "add":
                 request = _request(command)
-                if request.sampling.grammar is not None:
-                    self.grammars.put(request)
+                if request.sampling.grammar is None:
+                    self.inbox.put(("add", request))
                 else:
-                    self.inbox.put(("add", (request, None)))
-            elif op == "abort":
+                    waiting = Compiling(request)
+                    self.inbox.put(("compile", waiting))  # before it can be compiled
+                    self.grammars.put(waiting)
+            case "abort":
                 self.inbox.put(("abort", command["id"]))
-            else:
+            case "close":
                 self.inbox.put(("close", command["drain"]))
-        self.inbox.put(("close", 0.0))
+            case other:
+                raise ValueError(f"op: expected add, abort or close, got {other!r}")
 
     def compile(self) -> None:
         while True:
-            request = self.grammars.get()
+            waiting = self.grammars.get()
+            if waiting.over:
+                continue
+            result: Constraint | Exception | None
             try:
-                constraint = self.engine.constraint(request)
-            except (ValueError, RuntimeError) as error:  # a grammar that can't be, or a package that is missing
-                self.inbox.put(("refuse", (request, str(error))))
-            else:
-                self.inbox.put(("add", (request, constraint)))
+                result = self.engine.constraint(waiting.request)
+            except Exception as error:  # a thread that ends leaves everybody after this one waiting
+                result = error
+                if not isinstance(error, ValueError):
+                    traceback.print_exc()
+            self.inbox.put(("compiled", (waiting, result)))
 
 
 def build(settings: EngineSettings) -> LLM:
     """The model and its pool, as asked for. Raises ValueError naming what can't be."""
     inner = Path(settings.model) / "model"
+    cuda = torch.device(settings.device).type == "cuda"
     return LLM(
         inner if (inner / "config.json").is_file() else settings.model,  # a run's folder stands for the model in it
         dtype=DTYPES[settings.dtype] if settings.dtype else None,
@@ -145,7 +216,7 @@ def build(settings: EngineSettings) -> LLM:
         drafts=settings.drafts,
         cache_dtype=DTYPES[settings.cache_dtype] if settings.cache_dtype else None,
         cache_bytes=settings.cache_bytes,
-        step_tokens=settings.step_tokens,
+        step_tokens=settings.step_tokens or (STEP_TOKENS if cuda else None),
         prefix_cache=settings.prefix_cache,
         deterministic=settings.deterministic,
         compiled=settings.compiled,
@@ -189,6 +260,10 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
+    try:
+        code = main()
+    except BaseException:  # as below: the interpreter's own way out waits for threads that read
+        traceback.print_exc()
+        code = 1
     sys.stderr.flush()
     os._exit(code)  # a reading thread may not be woken

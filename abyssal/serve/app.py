@@ -27,7 +27,7 @@ from abyssal.serve.chat import ChatFormat, plain, template
 from abyssal.serve.chat_completions import chat
 from abyssal.serve.completions import complete
 from abyssal.serve.door import Door
-from abyssal.serve.errors import ApiError, ErrorResponse, dead, draining, install
+from abyssal.serve.errors import ApiError, ErrorResponse, dead, draining, install, silent
 from abyssal.serve.metrics import Metrics
 from abyssal.serve.page import page
 from abyssal.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -100,6 +100,8 @@ def create_app(service: Service, keys: Keys, host: str = "127.0.0.1") -> FastAPI
             raise dead()
         if service.draining:
             raise draining()
+        if service.streams and service.engine.silent > limits.silent_seconds:
+            raise silent(service.engine.silent)
         return Health(status="ok")
 
     @app.get("/metrics", response_class=Response, responses=_responses(_GET) | _as("text/plain", "Prometheus' text."))

@@ -14,6 +14,7 @@ from abyssal.engine.request import Output, Piece
 from abyssal.serve.answers import Completion, InsideView, TextChoice, TextLogprobs, View
 from abyssal.serve.errors import ApiError
 from abyssal.serve.generate import Job, Tally, finish_reason, pieces, unless_gone, view
+from abyssal.serve.limits import Limits
 from abyssal.serve.logprobs import TextLogprobWriter
 from abyssal.serve.protocol import CompletionRequest
 from abyssal.serve.service import Service
@@ -29,6 +30,7 @@ async def complete(service: Service, body: CompletionRequest, salt: str, request
     prompts = _checked_prompts(body, service)
     encoded = await service.aside(lambda: [_encoded(prompt, service) for prompt in prompts])
     asked = max_tokens_of(body, encoded, service, "prompt")
+    _check_echo(body, encoded, service.limits)
     grammar = grammar_of(body, service.limits)
     jobs = []
     for prompt in encoded:
@@ -46,14 +48,14 @@ async def complete(service: Service, body: CompletionRequest, salt: str, request
     answer = _Answer(service, body, f"cmpl-{secrets.token_hex(12)}", int(time.time()))
     if body.stream:
         return EventStream(answer.events(jobs), service)
-    found: list[Completion] = []
+    found: list[str] = []
 
     async def collect() -> None:
         found.append(await answer.whole(jobs))
 
     if not await unless_gone(request.receive, collect()):
         return Response(status_code=400)  # nobody reads this
-    return Response(found[0].model_dump_json(exclude_unset=True), media_type="application/json")
+    return Response(found[0], media_type="application/json")
 
 
 def _checked_prompts(body: CompletionRequest, service: Service) -> Sequence[str | list[int]]:
@@ -75,6 +77,16 @@ def _checked_prompts(body: CompletionRequest, service: Service) -> Sequence[str 
     if len(prompts) * (body.n or 1) > limits.samples:
         raise ApiError(400, f"n: expected at most {limits.samples} samples, prompts times n", param="n")
     return prompts
+
+
+def _check_echo(body: CompletionRequest, prompts: Sequence[Sequence[int]], limits: Limits) -> None:
+    """Raises ApiError 400 where a prompt's log-probabilities would be too many to hold and to send."""
+    if not body.echo or body.logprobs is None:
+        return
+    count, each = (body.n or 1) * sum(map(len, prompts)), 1 + body.logprobs
+    if count * each > limits.echo_logprobs:
+        said = f"echo: {count} tokens of prompts, times n, with {each} log-probabilities each"
+        raise ApiError(400, f"{said}; expected at most {limits.echo_logprobs} in all", param="echo")
 
 
 def _encoded(prompt: str | list[int], service: Service) -> list[int]:
@@ -130,7 +142,8 @@ class _Answer:
             last.usage = tally.usage()
             yield event(last)
 
-    async def whole(self, jobs: list[Job]) -> Completion:
+    async def whole(self, jobs: list[Job]) -> str:
+        """The answer in JSON."""
         tally = Tally()
         samples = [_Sample() for _ in range(len(jobs) * self._n)]
         async with aclosing(pieces(self._service, jobs)) as found:
@@ -144,9 +157,13 @@ class _Answer:
                 if piece.output is not None:
                     tally.add(number, piece.output)
                     sample.output = piece.output
-        answer = self._completion([self._choice(index, sample) for index, sample in enumerate(samples)])
-        answer.usage = tally.usage()
-        return answer
+
+        def written() -> str:
+            answer = self._completion([self._choice(index, sample) for index, sample in enumerate(samples)])
+            answer.usage = tally.usage()
+            return answer.model_dump_json(exclude_unset=True)
+
+        return written() if self._body.logprobs is None else await self._service.aside(written)
 
     def _choice(self, index: int, sample: _Sample) -> TextChoice:
         output = sample.output

@@ -64,6 +64,10 @@ def dead() -> ApiError:
     return ApiError(503, "the engine has ended, and the server is about to", code="engine_dead")
 
 
+def silent(seconds: float) -> ApiError:
+    return ApiError(503, f"the engine has said nothing for {seconds:.0f} s", code="engine_silent")
+
+
 def draining() -> ApiError:
     return ApiError(503, "the server is shutting down", code="shutting_down", retry_after=5)
 

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 
 from starlette.types import Receive
 
-from abyssal.engine.client import EngineDead, QueueFull, RequestStream
+from abyssal.engine.client import EngineDead, QueueFull, Refused, RequestStream
 from abyssal.engine.request import Output, Piece
 from abyssal.engine.sampling import Sampling
 from abyssal.serve.answers import FinishReason, InsideView, PromptDetails, Usage, View
@@ -66,13 +66,17 @@ async def pieces(service: Service, jobs: Sequence[Job]) -> AsyncGenerator[tuple[
             streams.append(_submitted(service, job))
         if len(streams) == 1:
             async for piece in streams[0]:
-                yield 0, _checked(piece, jobs[0], service)
+                yield 0, _checked(piece, service)
         else:
             async with aclosing(_merged(streams)) as merged:
                 async for number, piece in merged:
-                    yield number, _checked(piece, jobs[number], service)
+                    yield number, _checked(piece, service)
     except EngineDead:
         raise dead() from None
+    except Refused as error:
+        if error.grammar:
+            raise ApiError(400, str(error), param="response_format", code="bad_grammar") from None
+        raise ApiError(400, str(error)) from None
     finally:
         for stream in streams:
             stream.abort()
@@ -80,20 +84,20 @@ async def pieces(service: Service, jobs: Sequence[Job]) -> AsyncGenerator[tuple[
 
 
 async def _merged(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, Piece], None]:
-    queue: asyncio.Queue[tuple[int, Piece] | EngineDead | None] = asyncio.Queue(_AHEAD)
+    queue: asyncio.Queue[tuple[int, Piece] | Exception | None] = asyncio.Queue(_AHEAD)
 
     async def forward(number: int, stream: RequestStream) -> None:
         async for piece in stream:
             await queue.put((number, piece))
 
     async def forward_all() -> None:
-        end: EngineDead | None = None
+        end: Exception | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for number, stream in enumerate(streams):
                     group.create_task(forward(number, stream))
-        except* EngineDead:
-            end = EngineDead("the engine has ended")
+        except* (EngineDead, Refused) as errors:
+            end = next(error for error in errors.exceptions if isinstance(error, EngineDead | Refused))
         await queue.put(end)
 
     work = asyncio.create_task(forward_all())
@@ -163,13 +167,11 @@ def _submitted(service: Service, job: Job) -> RequestStream:
     return stream
 
 
-def _checked(piece: Piece, job: Job, service: Service) -> Piece:
+def _checked(piece: Piece, service: Service) -> Piece:
     """Raises ApiError for an output that is none."""
     output = piece.output
     if output is None or output.finish in ("stop", "length", "deadline"):
         return piece
     if output.finish == "abort":
         raise draining() if service.draining else ApiError(503, "the request was aborted", code="aborted")
-    if job.sampling.grammar is not None and not output.tokens:
-        raise ApiError(400, output.error or "the grammar was refused", param="response_format", code="bad_grammar")
     raise ApiError(500, output.error or "the engine failed at this request", code="generation_failed")

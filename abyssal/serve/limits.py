@@ -21,6 +21,7 @@ class Limits:
     n: int = 16  # samples of one prompt
     samples: int = 128  # prompts times n
     logprobs: int = 20  # likeliest tokens reported at each place
+    echo_logprobs: int = 1 << 18  # with `echo`: tokens of all prompts, times n, times logprobs + 1
     stop_count: int = 16
     stop_chars: int = 256  # of each stop string
     logit_bias: int = 1024  # entries
@@ -41,6 +42,7 @@ class Limits:
     request_seconds: float = 600.0  # from a request's arrival at the engine to its last token; `deadline` asks for less
     send_seconds: float = 30.0  # that a client may leave the socket full
     unsent_bytes: int = 1 << 20  # that may wait for a client to read them, a stream
+    silent_seconds: float = 120.0  # that the engine may say nothing while it has work, until /health is red
 
     def __post_init__(self) -> None:
         for field in fields(self):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar, cast
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, field_validator, model_validator
 from pydantic_core import CoreSchema
 
+from abyssal.engine.client import PRIORITIES
 from abyssal.serve.errors import ApiError
 
 Item = TypeVar("Item")
@@ -126,7 +127,7 @@ class Generation(Asked):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    priority: int | None = Field(None, ge=-(2**31), lt=2**31)  # lower runs earlier
+    priority: int | None = Field(None, ge=-PRIORITIES, le=PRIORITIES)  # lower runs earlier
     deadline: float | None = Field(None, gt=0)  # seconds from now
     inspect: bool | None = None  # say what happens inside
     top_k: int | None = Field(None, ge=-1)  # 0 and -1: all

@@ -61,6 +61,8 @@ def serve(settings: EngineSettings, name: str | None, address: Address, limits: 
     bound = address.bind()
     with bound:
         tokenizer = Tokenizer.load(local_folder(settings.model))
+        # More at once than may run and wait would be told for ever to come again.
+        limits = replace(limits, samples=min(limits.samples, settings.max_running + limits.waiting))
         settings = replace(
             settings,
             max_waiting=limits.waiting,

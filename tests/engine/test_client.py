@@ -134,7 +134,7 @@ def test_what_the_worker_refuses_is_no_failure(real: Real) -> None:
     with pytest.raises(Refused, match="grammar") as refused:
         real.outputs([5], Sampling(grammar=Grammar("regex", "(")))
     assert refused.value.grammar
-    with pytest.raises(Refused, match="^speculate: is True") as refused:
+    with pytest.raises(Refused, match=r"^speculate: is True") as refused:
         real.outputs([5], Sampling(speculate=True, n=3))
     assert not refused.value.grammar
     assert real.engine._samples == 0 and not real.engine._streams
@@ -251,7 +251,7 @@ def test_whatever_the_worker_says_the_client_ends_its_streams(nonsense: bytes) -
     async def ask() -> None:
         process, info = Said(), EngineInfo(300, 100, 0, 0, 10, 64, 1, 1, 1, 1, 1, ())
         engine = AsyncEngine(EngineSettings("none"), process, info)  # type: ignore[arg-type]
-        stream = engine.submit([1], Sampling())
+        stream = engine.submit([1], Sampling(9))
         engine._heard -= 100
         assert engine.silent > 99
         process.stdout.feed_data(b'{"pieces":[{"i":1,"p":[["a",false]],"k":[4]}]}\n')

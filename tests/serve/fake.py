@@ -1,6 +1,7 @@
 """An engine that computes nothing: it has AsyncEngine's face, and says what a test has it say."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
@@ -9,7 +10,7 @@ from typing import Any
 import httpx
 
 from abyssal.data.tokenizer import Detokenizer, Tokenizer
-from abyssal.engine.client import AsyncEngine, EngineDead, EngineInfo, QueueFull, RequestStream
+from abyssal.engine.client import AsyncEngine, EngineDead, EngineInfo, QueueFull, Refused, RequestStream
 from abyssal.engine.metrics import Metrics
 from abyssal.engine.request import Finish, Inside, Output, Piece, TokenLogprob
 from abyssal.engine.sampling import Sampling
@@ -49,6 +50,8 @@ class FakeStream(RequestStream):
     async def __aiter__(self) -> AsyncIterator[Piece]:
         self._engine.running += 1
         try:
+            if self._engine.refused is not None:
+                raise self._engine.refused
             for sample in range(self._asked.sampling.n):
                 async for piece in self._sample(sample):
                     yield piece
@@ -121,6 +124,8 @@ class FakeEngine(AsyncEngine):
         self.tokenizer, self.says, self.delay = tokenizer, says, delay
         self.full = False
         self.error: str | None = None
+        self.refused: Refused | None = None
+        self._heard = time.monotonic()
         self.running = 0
         self.asked: list[Asked] = []
         self.streams: list[FakeStream] = []

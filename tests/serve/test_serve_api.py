@@ -9,6 +9,7 @@ import pytest
 from fake import Client, FakeEngine
 
 from abyssal.data.tokenizer import Tokenizer
+from abyssal.engine.client import Refused
 from abyssal.serve.limits import Limits
 from abyssal.serve.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 
@@ -221,6 +222,7 @@ def test_no_tools_are_told_where_none_may_be_called(deepseek: Tokenizer, client:
         (COMPLETE, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
         (COMPLETE, {"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias"),
         (COMPLETE, {"prompt": "a", "deadline": 601}, 400, "deadline"),
+        (COMPLETE, {"prompt": "a", "priority": -1_000_001}, 400, "priority"),
         (COMPLETE, {"prompt": "a", "model": "gpt"}, 404, "model"),
         (COMPLETE, {"prompt": "a", "response_format": {"type": "regex", "regex": "a" * 65537}}, 400, "response_format"),
         (COMPLETE, {"prompt": "a", "echo": True, "stream": True}, 400, "echo"),
@@ -277,15 +279,51 @@ def test_what_the_engine_refuses(tokenizer: Tokenizer, client: Client) -> None:
     for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}, {"prompt": ["a", "b"]}):
         response = asyncio.run(post(engine, client, COMPLETE, body))
         assert response.status_code == 429 and response.headers["retry-after"] == "3"
-    engine.full, engine.error = False, "grammar: no"
+    engine.full = False
     schema = {"prompt": "a", "response_format": {"type": "json_object"}}
-    for body in (schema, schema | {"stream": True}):
+    several = schema | {"prompt": ["a", "b"]}
+    for grammar, blamed in ((True, ("response_format", "bad_grammar")), (False, (None, None))):
+        engine.refused = Refused("x: no", grammar)
+        for body in (schema, schema | {"stream": True}, several):
+            status, found = error(engine, client, COMPLETE, body)
+            assert (status, found["message"], found["type"]) == (400, "x: no", "invalid_request_error")
+            assert (found["param"], found["code"]) == blamed
+    engine.refused, engine.error = None, "the model's logits are not finite"
+    for body in (schema, schema | {"stream": True}, several):
         status, found = error(engine, client, COMPLETE, body)
-        assert (status, found["param"], found["message"]) == (400, "response_format", "grammar: no")
+        assert (status, found["code"]) == (500, "generation_failed")  # also under a grammar, and before any token
     engine.error = None
     engine.dead.set()
     for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}):
         assert error(engine, client, COMPLETE, body)[1]["code"] == "engine_dead"
+
+
+def test_echo_is_bounded_by_how_many_logprobs_it_brings(tokenizer: Tokenizer, client: Client) -> None:
+    engine, limits = FakeEngine(tokenizer), Limits(echo_logprobs=60)
+    most = {"prompt": [[65] * 4, [66] * 6], "echo": True, "logprobs": 2, "n": 2}
+    assert len(answer(engine, client, COMPLETE, most, limits=limits)["choices"]) == 4
+    for more in ({"logprobs": 3}, {"n": 3}, {"prompt": [[65] * 5, [66] * 6]}):
+        status, found = error(engine, client, COMPLETE, most | more, limits=limits)
+        assert (status, found["param"]) == (400, "echo") and "at most 60" in found["message"]
+    answer(engine, client, COMPLETE, most | {"logprobs": None, "n": 9}, limits=limits)
+    answer(engine, client, COMPLETE, most | {"echo": False, "n": 9}, limits=limits)
+
+
+def test_health_is_red_while_the_engine_has_work_and_says_nothing(tokenizer: Tokenizer, client: Client) -> None:
+    async def ask() -> None:
+        engine = FakeEngine(tokenizer, delay=0.05)
+        async with client(engine, limits=Limits(silent_seconds=100)) as http:
+            engine._heard -= 200
+            assert (await http.get("/health")).status_code == 200  # nothing to say
+            running = asyncio.create_task(http.post(COMPLETE, json={"prompt": "abcdefghij"}))
+            await asyncio.sleep(0.1)
+            red = await http.get("/health")
+            assert (red.status_code, red.json()["error"]["code"]) == (503, "engine_silent")
+            engine._heard += 200
+            assert (await http.get("/health")).status_code == 200
+            await running
+
+    asyncio.run(ask())
 
 
 def test_requests_beyond_the_limit_are_told_to_come_again(tokenizer: Tokenizer, client: Client) -> None:
@@ -304,9 +342,11 @@ def test_an_engine_that_dies_ends_what_runs(tokenizer: Tokenizer, client: Client
     async def ask() -> None:
         engine = FakeEngine(tokenizer, delay=0.02)
         async with client(engine) as http:
-            body = {"prompt": "abcdefghij"}
-            asked = [body, body | {"stream": True}, {"prompt": ["abcdefghij", "klmnopqrst"]}]
+            body = {"prompt": "abcdefghij" * 4, "max_tokens": 40}
+            asked = [body, body | {"stream": True}, {"prompt": ["abcdefghij" * 4, "klmnopqrst" * 4], "max_tokens": 40}]
             running = [asyncio.create_task(http.post(COMPLETE, json=one)) for one in asked]
+            while engine.running < 4:
+                await asyncio.sleep(0.01)
             await asyncio.sleep(0.1)
             engine.dead.set()
             plain, streamed, several = await asyncio.gather(*running)

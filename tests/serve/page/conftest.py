@@ -8,8 +8,9 @@ from page_browser import CHROMIUM, QUIET, Open
 from scripted import Script, serving, stats
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """No longer than its module: Playwright keeps an event loop running in this thread, beside which no other can."""
     if CHROMIUM is None:
         pytest.skip("no chromium is installed (Debian: apt-get install chromium)")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
