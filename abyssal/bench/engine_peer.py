@@ -10,7 +10,7 @@ from abyssal.bench.serving import Load
 from abyssal.config import ModelConfig
 
 STEPS = 24  # of decoding, that are timed
-MODES = ("grouped_mm", "batched_mm")  # of its experts
+MODES = ("grouped_mm", "batched_mm")  # of its experts; the first for prompts
 LARGEST = 1 << 15  # cached tokens in all, beyond which it takes too long or too much memory
 
 
@@ -31,14 +31,13 @@ def rates(config: ModelConfig, device: str, loads: list[Load], say: Callable[[st
             if p.ndim > 1:
                 p.normal_(0, 0.02)
     found: dict[str, float] = {}
-    for mode in MODES:
-        model.config._experts_implementation = mode
-        for load in loads:
-            if sum(load.prompts) > LARGEST:
-                continue
+    for load in loads:
+        if sum(load.prompts) > LARGEST:
+            continue
+        for mode in MODES if load.figure == "decode" else MODES[:1]:
             say(f"transformers, experts {mode}: {load.name}")
             try:
-                rate = _rate(model, load, device)
+                rate = _rate(model, load, mode, device)
             except (RuntimeError, ValueError, NotImplementedError) as error:
                 say(f"  failed: {str(error).splitlines()[0][:100]}")
                 continue
@@ -47,7 +46,8 @@ def rates(config: ModelConfig, device: str, loads: list[Load], say: Callable[[st
 
 
 @torch.inference_mode()
-def _rate(model: Any, load: Load, device: str) -> float:
+def _rate(model: Any, load: Load, mode: str, device: str) -> float:
+    model.set_experts_implementation(MODES[0])  # gathering every token's experts takes tens of gigabytes in a prompt
     tokens = torch.randint(0, model.config.vocab_size, (len(load.prompts), load.prompts[0]), device=device)
     once = lambda: model(tokens, use_cache=True, logits_to_keep=1)  # noqa: E731
     if load.figure == "prefill":
@@ -55,6 +55,7 @@ def _rate(model: Any, load: Load, device: str) -> float:
         return sum(load.prompts) / _seconds(once, device)
     out = once()
     cache, last = out.past_key_values, out.logits[:, -1:].argmax(-1)
+    model.set_experts_implementation(mode)
 
     def steps(count: int) -> None:
         nonlocal last

@@ -182,11 +182,16 @@ class Engine:
         with torch.inference_mode():
             state.vacate([s.slot for s in plan.admitted])
             state.write_tables(plan.tables)
-        together = bool(plan.chunks and plan.decoding) and runner.mixes
-        if plan.chunks and not together:
-            self._prompts(plan, runner.chunks([chunk for _, chunk in plan.chunks], lap))
-        # In one pass with prompts, those that are ready only after it decode from the next step on.
-        decoding = [*plan.decoding, *(() if together else (new for s in plan.ready for new in self._ready(s)))]
+        # A prompt's last token is decoded in the pass that computes the rest; but where samples are forked from it, its
+        # pages must be complete before.
+        forks = [s for s in plan.ready if s.request.id in self._siblings]
+        ready = [s for s in plan.ready if s not in forks]
+        together = bool(plan.chunks and (plan.decoding or ready)) and runner.mixes
+        if not together:
+            if plan.chunks:
+                self._prompts(plan, runner.chunks([chunk for _, chunk in plan.chunks], lap))
+            ready, forks = plan.ready, []
+        decoding = [*plan.decoding, *(new for s in ready for new in self._ready(s))]
         steps: list[tuple[Pending, list[Sequence], list[bool]]] = []
         stuck: list[tuple[Sequence, str]] = []
         wanted = self.speculation.wanted(len(decoding)) if decoding else False
@@ -206,9 +211,8 @@ class Engine:
             steps.append((pending, group, [s.drafting for s in group]))
             for s in group:
                 s.ahead, s.drafting = s.ahead + 1, drafts > 0
-        if together:
-            for s in plan.ready:
-                self._ready(s)
+        for s in forks:  # they decode from the next step on
+            self._ready(s)
         lap.begin()
         lap.end()
         enqueued = Enqueued(began, lap, steps, not plan.chunks)

@@ -135,21 +135,21 @@ class Runner:
     def mixed(
         self, chunks: Several[Chunk], slots: Several[int], kind: Kind, lap: Lap, masks: NDArray[np.int32] | None = None
     ) -> tuple[Pending, dict[int, PromptLogprobs]]:
-        """Prompts and a decoding step in one pass: every weight is read once for both."""
+        """Prompts and a decoding step in one pass: every weight is read once for both. The prompts come first, so that
+        the last token of one that ends here may be decoded with them: it attends to the rows that they have written."""
         ids, packing, path = self.prefill.prepare(chunks)
-        rest: list[Tensor] = []
+        said: dict[int, PromptLogprobs] = {}
 
         def main(tokens: Tensor, own: Packing) -> tuple[Tensor, Tensor, Tensor]:
-            states, picks = self._run(torch.cat((tokens, ids)), Packing.joined([own, packing]), path)
-            count = tokens.shape[0]
-            rest.extend((states[count:], picks[:, count:]))
-            return states[:count], self.model.logits(states[:count]), picks[:, :count]
+            states, picks = self._run(torch.cat((ids, tokens)), Packing.joined([packing, own]), path)
+            count = ids.shape[0]
+            # Before anything is drafted: the modules attend to their rows of the prompts, too.
+            said.update(self.prefill.finish(chunks, states[:count], picks[:, :count], path))
+            return states[count:], self.model.logits(states[count:]), picks[:, count:]
 
         order, bits = self._order(slots, len(slots), masks)
         lap.begin()
         decoded = self.decoder.step(order, kind._replace(sequences=len(slots)), bits, main)
-        states, picks = rest
-        said = self.prefill.finish(chunks, states, picks, path)
         return Pending(decoded, len(slots), kind, self.device.type == "cuda"), said
 
     @property

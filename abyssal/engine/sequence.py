@@ -52,7 +52,10 @@ class Sequence:
         self.finish: Finish | None = None
         self.error: str | None = None
         self.logprobs: list[TokenLogprob] = []
-        self.prompt_logprobs: list[TokenLogprob | None] | None = None
+        asked = self.sampling.prompt_logprobs is not None
+        self.prompt_logprobs: list[TokenLogprob | None] | None = (
+            [None] if asked else None
+        )  # of the first nothing is known
         self.cached_tokens = 0
         self.drafted = self.accepted = 0
         self.admitted: float | None = None
@@ -112,8 +115,7 @@ class Sequence:
     def push_prompt(self, first: int, own: list[float], ids: list[list[int]], values: list[list[float]]) -> None:
         """Log-probabilities of the prompt's tokens from `first` on, and of the likeliest in their places. Those that
         are there already, from before a preemption, stay."""
-        if self.prompt_logprobs is None:
-            self.prompt_logprobs = [None]  # of the first nothing is known
+        assert self.prompt_logprobs is not None
         for at, (logprob, some, of) in enumerate(zip(own, ids, values), start=first):
             if len(self.prompt_logprobs) == at < len(self.request.prompt):
                 self.prompt_logprobs.append(TokenLogprob(self.tokens[at], logprob, list(zip(some, of))))
