@@ -9,8 +9,6 @@ from abyssal.ops.device import capability
 
 # Up to so many columns a GPU's kernel for one row holds its share of W in registers.
 WIDEST = 4096
-# Up to so many it is for a few rows: where launches take the time, not reading, its overlap with the one before pays.
-NARROW = 1024
 
 # Up to this many rows a CPU is limited by how fast it reads W, and one fused multiply-and-sum over W's rows
 # reads it faster than a matrix product does (docs/benchmarks.md).
@@ -23,17 +21,16 @@ def linear(x: Tensor, weight: Tensor, path: str | None = None, settled: bool = F
     `settled`: the weight was written long ago, as parameters are, and not by what was launched last: a kernel may read
     it while that is still running.
 
-    Paths: "matmul", the library's product; "rowwise", a multiply-and-sum that only pays when compiled; "few rows", a
+    Paths: "matmul", the library's product; "rowwise", a multiply-and-sum that only pays when compiled; "one row", a
     kernel for inference on a GPU (Triton). None chooses "rowwise" for up to FEW_ROWS rows in a graph being compiled
-    for a CPU, and "few rows" in bf16 on Hopper, where the weight is settled, for one, or for up to FEW_ROWS of a narrow
-    map.
+    for a CPU, and "one row" in bf16 on Hopper, where the weight is settled, for one.
     """
     if path is None:
         few = torch.compiler.is_compiling() and x.device.type == "cpu" and x.numel() <= FEW_ROWS * x.shape[-1]
-        path = "rowwise" if few else "few rows" if settled and _are_few(x, weight) else "matmul"
+        path = "rowwise" if few else "one row" if settled and _is_one_row(x, weight) else "matmul"
     if path == "matmul":
         return torch.nn.functional.linear(x, weight)
-    if path == "few rows":
+    if path == "one row":
         from abyssal.kernels.linear_few import linear as kernel
 
         return kernel(x, weight)
@@ -46,10 +43,9 @@ def linear(x: Tensor, weight: Tensor, path: str | None = None, settled: bool = F
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _are_few(x: Tensor, weight: Tensor) -> bool:
-    few = x.ndim == 2 and 1 <= x.shape[0] <= (FEW_ROWS if x.shape[-1] <= NARROW else 1)
-    fits = few and x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] <= WIDEST
-    if not fits or torch.compiler.is_compiling() or capability(x)[0] != 9 or not weight.is_contiguous():
+def _is_one_row(x: Tensor, weight: Tensor) -> bool:
+    one = x.ndim == 2 and x.shape[0] == 1 and x.dtype == weight.dtype == torch.bfloat16 and x.shape[1] <= WIDEST
+    if not one or torch.compiler.is_compiling() or capability(x)[0] != 9 or not weight.is_contiguous():
         return False
     return not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
 
