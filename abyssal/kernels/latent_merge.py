@@ -63,7 +63,7 @@ def _parts(
 @triton.jit
 def _place(p, first, row, base, BLOCKS: tl.constexpr, BM: tl.constexpr, SPLITS: tl.constexpr):
     """Where range p left a row of its part."""
-    slot = base + p if SPLITS > 0 else 2 * p + (p == first).to(tl.int32)
+    slot = base + p if SPLITS > 0 else 2 * p + tl.where(p == first, 1, 0)
     return slot.to(tl.int64) * (BLOCKS * BM) + row
 
 

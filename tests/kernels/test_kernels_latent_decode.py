@@ -62,6 +62,7 @@ def close(queries, lens, page_size, C, R, H, dtype, packed=False, max_q=None, se
 @example(data=None)
 def test_any_shape(data: st.DataObject | None) -> None:
     if data is None:  # splits over all programs, a sequence without queries, heads that are no power of two
+        close([1], [17], 1, C=1, R=0, H=1, dtype=torch.float32, BN=16, fill=1)
         return close([1, 0, 3], [70, 40, 33], 7, C=20, R=6, H=20, dtype=torch.float32, BN=16)
     queries = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=3).filter(any))
     lens = [q + data.draw(st.integers(0, 40)) for q in queries]

@@ -37,12 +37,12 @@ def some_logits(seed: int, rows: int = 1, vocab: int = 24, dtype=torch.float64) 
         ("max_tokens", 0, ValueError, "an integer 1 or more"),
         ("max_tokens", 1.0, TypeError, "an integer 1 or more"),
         ("max_tokens", True, TypeError, "an integer 1 or more"),
-        ("temperature", -0.1, ValueError, "a number 0 (greedy) or more"),
-        ("temperature", math.nan, ValueError, "a number 0 (greedy) or more"),
-        ("temperature", INF, ValueError, "a number 0 (greedy) or more"),
-        ("temperature", 10**400, ValueError, "a number 0 (greedy) or more"),
-        ("temperature", "1", TypeError, "a number 0 (greedy) or more"),
-        ("temperature", None, TypeError, "a number 0 (greedy) or more"),
+        ("temperature", -0.1, ValueError, "a number 0 (greedy) to a million"),
+        ("temperature", math.nan, ValueError, "a number 0 (greedy) to a million"),
+        ("temperature", INF, ValueError, "a number 0 (greedy) to a million"),
+        ("temperature", 10**400, ValueError, "a number 0 (greedy) to a million"),
+        ("temperature", "1", TypeError, "a number 0 (greedy) to a million"),
+        ("temperature", None, TypeError, "a number 0 (greedy) to a million"),
         ("top_k", -1, ValueError, "an integer 0 (off) or more"),
         ("top_k", 2.5, TypeError, "an integer 0 (off) or more"),
         ("top_p", 0, ValueError, "a number above 0, at most 1"),
@@ -215,7 +215,7 @@ def test_of_equals_the_first_is_kept():
     assert distribution(wide, Sampling(top_k=100))[0].nonzero().flatten().tolist() == list(range(100))
 
 
-@pytest.mark.parametrize("extreme", [Sampling(temperature=1e300), Sampling(temperature=2e-5, top_p=0.5)])
+@pytest.mark.parametrize("extreme", [Sampling(temperature=1e6), Sampling(temperature=2e-5, top_p=0.5)])
 def test_extreme_temperatures_stay_finite(extreme):
     probs = distribution(1e4 * some_logits(5, rows=4, dtype=torch.float32), extreme)
     assert probs.isfinite().all()
