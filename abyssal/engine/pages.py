@@ -152,12 +152,11 @@ class Pages:
 
     def _next(self, after: int | None, wanted: int, room: int) -> int:
         if self.contiguous:
-            if after is not None and after + 1 in self._clean:
+            # Even where something is known of the next page: attention over one run of pages is worth more.
+            if after is not None and (after + 1 in self._clean or after + 1 in self._known):
                 return after + 1
             if self._clean:
                 return self._beginning(wanted + room)
-            if after is not None and after + 1 in self._known:
-                return after + 1
         if self._clean:
             return next(iter(self._clean))
         return next(iter(self._known))
