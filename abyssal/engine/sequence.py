@@ -144,7 +144,8 @@ class Sequence:
         """Ends this sample from outside: a failure, an abort or a deadline."""
         self.finish, self.error = finish, error
         if finish in ("abort", "deadline"):
-            self._say(self._rest(), False)
+            # What was held for a stop string is text; half a character is none, and would have become a whole one.
+            self._say(self._watcher.flush(), False)
 
     def piece(self) -> Piece | None:
         """What has become certain since the last call; None where that is nothing."""

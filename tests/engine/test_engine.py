@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from abyssal import ModelConfig, Sampling
+from abyssal.data import Tokenizer
 from abyssal.engine.engine import Engine
 from abyssal.engine.options import Options
 from abyssal.engine.request import Output, Piece, Request
@@ -341,3 +342,17 @@ def test_fp8_latents_take_less_room_and_change_little() -> None:
     near = torch.tensor([value for _, value in sorted(said[0].top)])
     assert float((near - exact).abs().max()) < 0.5 and int(near.argmax()) == int(exact.argmax())
     assert engine.metrics.page_bytes * 3 < plain.metrics.page_bytes
+
+
+def test_a_text_that_is_cut_short_has_no_half_character_at_its_end() -> None:
+    """Token by token in bytes: a deadline between two bytes of one character leaves it out."""
+    tokenizer = Tokenizer.train(["plain ascii text and nothing else"] * 4, 300)
+    request = Request(0, (1, 2), Sampling(max_tokens=9, stop=("dé",)))
+    s = Sequence(request, 0, tokenizer, frozenset())
+    first, *rest = tokenizer.encode("d€")
+    s.push(first, False, None)
+    for token in rest[:-1]:
+        s.push(token, False, None)
+    s.end("deadline")
+    piece = s.piece()
+    assert piece is not None and piece.output is not None and piece.output.text == piece.text == "d"
