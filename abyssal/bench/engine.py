@@ -5,7 +5,6 @@ checkpoint is: the start-up that is timed, in a process of its own, is from ther
 """
 
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abyssal.bench import engine_peer
+from abyssal.bench.machine import device_name, versions
 from abyssal.bench.serving import EngineReport, gpu_loads, small_loads, timed
 from abyssal.checkpoint import load
 from abyssal.config import ModelConfig
@@ -41,7 +41,9 @@ def bench_engine(
     start-up isn't timed), or found there. Raises ValueError as `LLM` does."""
     console = console or Console(stderr=True)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    report = EngineReport(_name(device), datetime.now(UTC).strftime("%Y-%m-%d"), _versions(), model, {"batch": batch})
+    found = versions(device.startswith("cuda")) | {"transformers": engine_peer.version()}
+    today = datetime.now(UTC).strftime("%Y-%m-%d")
+    report = EngineReport(device_name(device), today, found, model, {"batch": batch})
 
     def say(text: str) -> None:
         console.print(text, style="dim", highlight=False)
@@ -143,19 +145,3 @@ def _free(device: str) -> None:
 
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def _name(device: str) -> str:
-    return torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": platform.python_version()}
-    for name in ("torch", "triton", "transformers"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found

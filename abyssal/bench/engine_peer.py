@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -12,6 +13,14 @@ from abyssal.config import ModelConfig
 STEPS = 24  # of decoding, that are timed
 MODES = ("grouped_mm", "batched_mm")  # of its experts; the first for prompts
 LARGEST = 1 << 15  # cached tokens in all, beyond which it takes too long or too much memory
+
+
+def version() -> str | None:
+    """transformers', None where it isn't installed."""
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def rates(config: ModelConfig, device: str, loads: list[Load], say: Callable[[str], None]) -> dict[str, float]:

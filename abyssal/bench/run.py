@@ -1,7 +1,6 @@
 """`abyssal bench ops`: gathers the cases, runs them under a progress bar, and reports."""
 
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from abyssal.bench import (
     table,
 )
 from abyssal.bench.case import Case, Row, run_case
+from abyssal.bench.machine import device_name, versions
 from abyssal.bench.measure import Ceilings, Clock, ceilings
 
 GROUPS = (
@@ -93,8 +93,10 @@ def bench_ops(
     with bar:
         task = bar.add_task("measuring the ceilings", total=len(chosen))
         found = ceilings(clock)
-        named = torch.cuda.get_device_name(place) if cuda else platform.processor() or platform.machine()
-        report = Report(named, datetime.now(UTC).isoformat(timespec="seconds"), _versions(cuda), found, [])
+        named = device_name(place)
+        report = Report(
+            named, datetime.now(UTC).isoformat(timespec="seconds"), versions(cuda) | peers.versions(), found, []
+        )
         try:
             for case in chosen:
                 bar.update(task, description=f"{case.op}, {case.shape}")
@@ -116,17 +118,3 @@ def bench_ops(
 def _cases(cuda: bool) -> list[Case]:
     rooms = (cases_decode, cases_attention, cases_experts, cases_between, cases_fp8, cases_sample)
     return [case for room in rooms for case in room.cases(cuda)]
-
-
-def _versions(cuda: bool) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    try:
-        import triton
-
-        found["triton"] = triton.__version__
-    except ImportError:
-        found["triton"] = None
-    found["cuda"] = torch.version.cuda if cuda else None
-    cudnn = torch.backends.cudnn.version() if cuda else None
-    found["cuDNN"] = str(cudnn) if cudnn else None
-    return found | peers.versions()

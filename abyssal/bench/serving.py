@@ -29,15 +29,10 @@ class Timed:
     tokens_per_second: float
     seconds: float
     steps: int
-    device_idle: (
-        float | None
-    )  # share of the time between the first kernel and the last in which none ran, between steps
+    device_idle: float | None  # share of its time that a GPU waited between two steps
     first_token: float  # mean seconds from arrival
     asked: float | None
     cached: int
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass
@@ -46,7 +41,7 @@ class EngineReport:
 
     device: str
     date: str
-    versions: dict[str, str]
+    versions: dict[str, str | None]
     model: str
     settings: dict[str, Any]
     rows: list[Timed] = field(default_factory=list)

@@ -78,7 +78,7 @@ class Worker:
         settings = EngineSettings(**json.loads(self.commands.readline()))
         try:
             self.llm = build(settings)
-            self.engine = self.llm.engine or self.llm.start(compiled=settings.compiled)
+            self.engine = self.llm.start(compiled=settings.compiled)
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             self.say(failed=f"{type(error).__name__}: {error}" if isinstance(error, RuntimeError) else str(error))
             return 1

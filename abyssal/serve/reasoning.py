@@ -20,11 +20,10 @@ def held(text: str, mark: str) -> int:
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if mark.startswith(text[-n:])), 0)
 
 
-class ReasoningSplitter:
-    """Cuts a text into "reasoning", "content", and "drop": the marks, and line ends next to them."""
+class Cutter:
+    """Cuts a text that comes in pieces into segments, holding back what may yet turn out to begin a mark."""
 
-    def __init__(self, opened: bool) -> None:
-        self._state: Literal["start", "open", "thinking", "closed", "content"] = "open" if opened else "start"
+    def __init__(self) -> None:
         self._held = ""
 
     def push(self, text: str) -> list[Segment]:
@@ -33,6 +32,18 @@ class ReasoningSplitter:
         while self._held and self._step(out):
             pass
         return out
+
+    def _step(self, out: list[Segment]) -> bool:
+        """Moves what is certain from `_held` to `out`; False where more must come first."""
+        raise NotImplementedError
+
+
+class ReasoningSplitter(Cutter):
+    """Cuts a text into "reasoning", "content", and "drop": the marks, and line ends next to them."""
+
+    def __init__(self, opened: bool) -> None:
+        super().__init__()
+        self._state: Literal["start", "open", "thinking", "closed", "content"] = "open" if opened else "start"
 
     def flush(self) -> list[Segment]:
         """What was held back, when no more comes."""

@@ -15,7 +15,7 @@ from typing import Literal
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.engine.sampling import Grammar
 from abyssal.serve.protocol import Function
-from abyssal.serve.reasoning import Segment, held
+from abyssal.serve.reasoning import Cutter, Segment, held
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -56,25 +56,18 @@ def _token(text: str, tokenizer: Tokenizer) -> str:
     return f"<[{ids[0]}]>" if len(ids) == 1 else json.dumps(text, ensure_ascii=False)
 
 
-class ToolParser:
+class ToolParser(Cutter):
     """Cuts a text into "content", each call's "name" and its "arguments", and "drop".
 
     `inside`: the prompt ended with the prefix of `forced`. `parallel` False drops every call but the first.
     """
 
     def __init__(self, fenced: bool, inside: bool = False, parallel: bool = True) -> None:
+        super().__init__()
         self._fenced, self._parallel = fenced, parallel
         start: Literal["name", "head"] = "name" if fenced else "head"
         self._state: Literal["text", "gap", "head", "name", "fence", "arguments", "done"] = start if inside else "text"
-        self._held = ""
         self.calls = 0
-
-    def push(self, text: str) -> list[Segment]:
-        self._held += text
-        out: list[Segment] = []
-        while self._held and self._step(out):
-            pass
-        return out
 
     def flush(self) -> list[Segment]:
         """What was held back, when no more comes; a call that breaks off keeps what it has."""

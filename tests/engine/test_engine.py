@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opinionated import opinionated
 
-from abyssal import ModelConfig, Sampling
+from abyssal import Sampling
 from abyssal.data import Tokenizer
 from abyssal.engine.engine import Engine
 from abyssal.engine.options import Options
@@ -20,18 +21,10 @@ from abyssal.model.transformer import Transformer
 COUNT = 10  # tokens that most requests ask for
 
 
-def make(modules: int = 1, dtype: torch.dtype = torch.float32, **changes: object) -> Transformer:
-    """A tiny model whose weights are large enough that it has opinions."""
-    generator = torch.Generator().manual_seed(0)
-    config = ModelConfig.load("tiny").replace(num_nextn_predict_layers=modules, vocab_size=64, **changes)
-    model = Transformer(config).to(dtype).init_weights(generator)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.mul_(5)
-    for gate in model.gates():
-        assert gate.bias is not None
-        gate.bias.normal_(std=0.1, generator=generator)
-    return model.eval().requires_grad_(False)
+def make(modules: int = 1, **changes: object) -> Transformer:
+    """In float32, over 64 tokens, for inference."""
+    shape = {"num_nextn_predict_layers": modules, "vocab_size": 64}
+    return opinionated(0, torch.float32, **shape, **changes).eval().requires_grad_(False)
 
 
 # The main models are the same: their greedy texts are.

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from opinionated import opinionated
 
 from abyssal import LLM, ModelConfig, Sampling
 from abyssal.engine.compiled import can_compile
@@ -14,19 +15,6 @@ from abyssal.engine.request import Request
 from abyssal.model.transformer import Transformer
 
 GREEDY = Sampling(max_tokens=12, temperature=0)
-
-
-def make(seed: int = 0, **changes: object) -> Transformer:
-    """A tiny model in float64, its weights large enough that it has opinions."""
-    generator = torch.Generator().manual_seed(seed)
-    model = Transformer(ModelConfig.load("tiny").replace(**changes)).double().init_weights(generator)
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.data.mul_(5)
-    for gate in model.gates():
-        assert gate.bias is not None
-        gate.bias.normal_(std=0.1, generator=generator)
-    return model
 
 
 def prompts(seed: int = 1, vocab: int = 512) -> list[list[int]]:
@@ -44,7 +32,7 @@ def recomputed(model: Transformer, prompt: list[int], count: int) -> list[int]:
 
 @pytest.mark.parametrize("modules", [1, 3])
 def test_greedy_output_is_that_of_recomputation(modules: int) -> None:
-    model = make(num_nextn_predict_layers=modules)
+    model = opinionated(num_nextn_predict_layers=modules)
     expected = [recomputed(model, p, 12) for p in prompts()]
     for settings in ({"drafts": 0}, {}, {"drafts": 4, "max_batch": 2}, {"drafts": 2, "max_batch": 1}):
         outputs = LLM(model, **settings).generate(prompts(), GREEDY)
@@ -55,7 +43,7 @@ def test_greedy_output_is_that_of_recomputation(modules: int) -> None:
 @pytest.mark.parametrize("rung", [{"attention": "mha"}, {"attention": "gqa", "num_key_value_heads": 2}, {}])
 def test_rungs_of_the_ladder_generate_too(rung: dict[str, object]) -> None:
     """Coupled RoPE on a latent too, whose keys are made anew at every step."""
-    model = make(**rung, position="rope", qk_rope_head_dim=0)
+    model = opinionated(**rung, position="rope", qk_rope_head_dim=0)
     assert LLM(model).generate(prompts()[0], GREEDY)[0].tokens == recomputed(model, prompts()[0], 12)
 
 
@@ -64,7 +52,7 @@ def test_rungs_of_the_ladder_generate_too(rung: dict[str, object]) -> None:
 def test_drafts_are_those_of_the_modules_over_the_whole_sequence(modules: int, count: int, chunk: int) -> None:
     """Whatever was accepted before, however a prompt was cut and whatever of it the prefix cache had, the modules'
     caches hold what a pass over all known tokens would give them. A vocabulary of 3, so that some drafts hold."""
-    model = make(num_nextn_predict_layers=modules, vocab_size=3)
+    model = opinionated(num_nextn_predict_layers=modules, vocab_size=3)
     options = Options(pages=9, running=3, context=300, drafts=count, step_tokens=chunk, adapt=False)
     engine = Engine(model, None, options)
     generator = torch.Generator().manual_seed(3)
@@ -88,7 +76,7 @@ def test_drafts_are_those_of_the_modules_over_the_whole_sequence(modules: int, c
 
 def test_sampled_output_has_the_model_s_distribution() -> None:
     """Two tokens after a prompt over a vocabulary of 6, drawn with speculation, against exact probabilities."""
-    model = make(vocab_size=6, seed=4)
+    model = opinionated(vocab_size=6, seed=4)
     prompt, sampling = [1, 3, 2], Sampling(max_tokens=2, temperature=1.3, top_k=5)
 
     def after(tokens: list[int]) -> torch.Tensor:
@@ -113,7 +101,7 @@ def test_sampled_output_has_the_model_s_distribution() -> None:
 
 
 def test_a_seed_gives_the_same_text_whatever_the_batch() -> None:
-    llm = LLM(make())
+    llm = LLM(opinionated())
     settings = [Sampling(max_tokens=12, seed=s) for s in range(5)]
     together = [o.tokens for o in llm.generate(prompts(), settings)]
     alone = [llm.generate(p, s)[0].tokens for p, s in zip(prompts(), settings)]
@@ -122,7 +110,7 @@ def test_a_seed_gives_the_same_text_whatever_the_batch() -> None:
 
 
 def test_speculation_can_be_refused_by_one_request_of_a_batch() -> None:
-    model = make()
+    model = opinionated()
     settings = [Sampling(max_tokens=9, temperature=0, speculate=None if i % 2 else False) for i in range(5)]
     outputs = LLM(model, drafts=2).generate(prompts(), settings)
     assert [o.tokens for o in outputs] == [recomputed(model, p, 9) for p in prompts()]
@@ -133,13 +121,13 @@ def test_penalties_count_drafts() -> None:
     sampling = Sampling(
         max_tokens=15, temperature=0, frequency_penalty=2.0, presence_penalty=2.0, repetition_penalty=90.0
     )
-    plain = LLM(make(), drafts=0).generate(prompts(), sampling)
-    assert [o.tokens for o in LLM(make(), drafts=3).generate(prompts(), sampling)] == [o.tokens for o in plain]
+    plain = LLM(opinionated(), drafts=0).generate(prompts(), sampling)
+    assert [o.tokens for o in LLM(opinionated(), drafts=3).generate(prompts(), sampling)] == [o.tokens for o in plain]
     assert all(len(set(o.tokens)) == len(o.tokens) for o in plain)
 
 
 def test_logprobs_are_the_model_s_own() -> None:
-    model = make()
+    model = opinionated()
     output = LLM(model).generate(prompts()[0], Sampling(max_tokens=6, temperature=0.5, seed=1, logprobs=3))[0]
     assert output.logprobs is not None and len(output.logprobs) == 6
     whole = torch.tensor([*output.prompt_tokens, *output.tokens])
@@ -150,7 +138,7 @@ def test_logprobs_are_the_model_s_own() -> None:
 
 
 def test_end_of_text_ends_a_request_and_is_not_in_its_tokens() -> None:
-    model = make()
+    model = opinionated()
     free = recomputed(model, prompts()[2], 12)
     end = free[5]
     model.config = ModelConfig.from_dict(model.config.to_dict() | {"eos_token_id": [end, 511]})
@@ -162,7 +150,7 @@ def test_end_of_text_ends_a_request_and_is_not_in_its_tokens() -> None:
 
 def test_a_failure_is_one_request_s_alone() -> None:
     """A sequence whose logits are not finite ends with the reason; its batch mates do not notice."""
-    model = make()
+    model = opinionated()
     poisoned = 100
     assert all(poisoned not in p for p in prompts())
     expected = [recomputed(model, p, 12) for p in prompts()]
@@ -179,7 +167,7 @@ def test_a_failure_is_one_request_s_alone() -> None:
 
 
 def test_the_cache_is_what_it_says() -> None:
-    llm = LLM(make(), max_batch=2, max_context=250)
+    llm = LLM(opinionated(), max_batch=2, max_context=250)
     llm.generate(prompts(), GREEDY)
     # 250 tokens and the drafts of two steps are four pages a sequence; one more is for idle rows.
     rows, layers, width = (2 * 4 + 1) * 64, 4, 24 + 8
@@ -203,11 +191,11 @@ def test_bad_requests_are_named_before_any_work(prompt: object, sampling: object
     if prompt == []:
         prompt = [[]]
     with pytest.raises(ValueError, match=message):
-        LLM(make()).generate(prompt, sampling)  # type: ignore[arg-type]
+        LLM(opinionated()).generate(prompt, sampling)  # type: ignore[arg-type]
 
 
 def test_a_stream_that_nobody_reads_to_its_end_and_a_refusal_leave_nothing_behind() -> None:
-    llm = LLM(make(), max_batch=2, cache_bytes=4 * 64 * 4 * 32 * 8)
+    llm = LLM(opinionated(), max_batch=2, cache_bytes=4 * 64 * 4 * 32 * 8)
     stream = llm.stream(prompts(), GREEDY)
     next(stream)
     stream.close()
@@ -220,11 +208,11 @@ def test_a_stream_that_nobody_reads_to_its_end_and_a_refusal_leave_nothing_behin
 
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="drafts: expected 0, as there is no MTP module, got 1"):
-        LLM(make(num_nextn_predict_layers=0), drafts=1)
+        LLM(opinionated(num_nextn_predict_layers=0), drafts=1)
     with pytest.raises(ValueError, match="max_context: expected 1 to the model's 512, got 513"):
-        LLM(make(), max_context=513)
+        LLM(opinionated(), max_context=513)
     with pytest.raises(ValueError, match="sampling 0: speculate: is True, but nothing drafts"):
-        LLM(make(num_nextn_predict_layers=0)).generate([[1]], Sampling(speculate=True, max_tokens=3))
+        LLM(opinionated(num_nextn_predict_layers=0)).generate([[1]], Sampling(speculate=True, max_tokens=3))
 
 
 @pytest.mark.slow
@@ -232,7 +220,7 @@ def test_bad_settings_are_named() -> None:
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_the_compiled_step_is_the_eager_one(drafts: int) -> None:
     """Sequences that end early leave their rows unused; the output is the same."""
-    model = make()
+    model = opinionated()
     settings = [Sampling(max_tokens=n, temperature=0) for n in (3, 24, 11, 24, 7)]
     eager = LLM(model, drafts=drafts, compiled=False).generate(prompts(), settings)
     compiled = LLM(model, drafts=drafts, compiled=True, max_batch=3).generate(prompts(), settings)
