@@ -16,10 +16,12 @@ from abyssal.engine.compiled import can_compile
 from abyssal.engine.decode import Kind
 from abyssal.engine.prefill import Chunk
 from abyssal.engine.runner import PAGE, Lap, Runner
+from abyssal.model.balance import Balance
+from abyssal.model.objective import LossScales, Microbatch
 from abyssal.model.packing import Packing
 from abyssal.model.transformer import Transformer
+from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
-from abyssal.train.loss import Microbatch, Totals, losses
 from abyssal.train.optimizer import Optimizer
 
 CHUNK = 2048  # tokens of a prompt taken at once: what `LLM` takes on a CPU
@@ -127,17 +129,16 @@ def routing(job: Job, model: Transformer) -> None:
 def train(job: Job, model: Transformer) -> None:
     """Forward, backward, the gradient's norm and clipping, and AdamW, of one packed batch."""
     settings = TrainConfig(model=job.model, out=Path("."), steps=100, sequence_balance=0.0)
-    optimizer = Optimizer(model, settings, getattr(torch, job.dtype))
+    alone = Alone(model, settings, torch.device("cpu"), getattr(torch, job.dtype))
+    optimizer, balance = Optimizer(alone.parameters(), settings), Balance(model.gates())
     tokens = torch.tensor(measure.random_tokens(job.batch * job.context, job.vocab, seed=3))
     micro = Microbatch.of(Batch(tokens, [job.context] * job.batch, torch.ones(tokens.shape[0])), 0)
-    totals, seen = Totals.of([micro]), []
+    seen, going = [], torch.zeros(())
 
     def call() -> None:
-        loss = losses(model, micro, totals, settings, 0.0).total
-        loss.backward()
-        optimizer.collect()
-        optimizer.update(settings.lr, float(optimizer.norm()))
-        seen.append(float(loss.detach()))
+        sums = alone.run([micro], LossScales(mtp=0.0), optimizer.collect, balance)
+        optimizer.update(settings.lr, alone.norms(optimizer.squares())[-1], going)
+        seen.append(float(sums[0]))
 
     rates = measure.call_rates(call, tokens.shape[0], job)
     measure.report({"rates": rates, "losses": seen[: measure.COMPARED_LOSSES]})

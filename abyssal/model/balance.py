@@ -4,13 +4,21 @@ DeepSeek-V3, section 2.1.2. Everything here works on the `Routing`s that a forwa
 repeated by activation recomputation returns its routings nowhere, so each token is counted once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from abyssal.model.experts import Gate, Routing
 from abyssal.model.packing import Packing
+
+Whole = Callable[[Tensor], Tensor]  # adds a tensor up over the pieces of a batch
+
+
+def alone(counts: Tensor) -> Tensor:
+    """`whole` of a batch that is in one piece."""
+    return counts
 
 
 def expert_counts(routing: Routing, live: Tensor | None = None) -> Tensor:
@@ -50,7 +58,7 @@ class Balance:
             row += expert_counts(routing, mask)
 
     @torch.no_grad()
-    def update(self, speed: float) -> Tensor:
+    def update(self, speed: float | Tensor) -> Tensor:
         """b_i ← b_i + speed · sign(mean load − load_i) for every gate; returns MaxVio a gate and starts afresh."""
         violation = max_violation(self.counts)
         experts = self.counts.shape[-1]
@@ -62,30 +70,47 @@ class Balance:
         return violation
 
 
-def sequence_balance_loss(routing: Routing, packing: Packing, live: Tensor | None = None) -> Tensor:
+class Sequences(NamedTuple):
+    """Which sequence each token belongs to."""
+
+    of_token: Tensor  # [T] int64
+    sequences: int
+
+    @staticmethod
+    def of(packing: Packing) -> "Sequences":
+        return Sequences(packing.sequence_of_token(), packing.sequences)
+
+
+def sequence_balance_loss(
+    routing: Routing, spans: Sequences | Packing, live: Tensor | None = None, whole: Whole = alone
+) -> Tensor:
     """Σ_i f_i P_i within each sequence, averaged over those that have tokens (equations 17-20); a scalar.
 
     f_i is E/(K·T_s) times how often sequence s picked expert i; P_i its mean normalised score, which carries the
-    gradient. 1 when perfectly balanced. Multiply by α.
+    gradient. 1 when perfectly balanced. Multiply by α. Where the sequences are cut into pieces, `whole` adds a tensor
+    up over them, and the pieces' losses add up to the loss.
     """
     scores, indices = routing.scores, routing.indices
     E, K = scores.shape[-1], indices.shape[-1]
-    sequence, S = packing.sequence_of_token(), packing.sequences
+    sequence, S = spans if isinstance(spans, Sequences) else Sequences.of(spans)
     one = torch.ones_like(scores[:, :1]) if live is None else live[:, None].to(scores.dtype)
     picked = torch.zeros_like(scores).scatter(1, indices, 1.0) * one
     share = scores / scores.sum(-1, keepdim=True) * one
-    tokens = scores.new_zeros(S, 1).index_add(0, sequence, one).clamp(min=1)
-    f = scores.new_zeros(S, E).index_add(0, sequence, picked) * (E / K) / tokens
-    P = scores.new_zeros(S, E).index_add(0, sequence, share) / tokens
-    nonempty = scores.new_zeros(S).index_fill(0, sequence, 1.0) if live is None else (f.sum(-1) > 0).to(scores.dtype)
-    return (f * P).sum() / nonempty.sum().clamp(min=1)
+    counts = scores.new_zeros(S, E + 1).index_add(0, sequence, torch.cat((picked, one), -1).detach())
+    counts = whole(counts)
+    tokens = counts[:, E:]
+    f = counts[:, :E] * (E / K) / tokens.clamp(min=1)
+    P = scores.new_zeros(S, E).index_add(0, sequence, share) / tokens.clamp(min=1)
+    return (f * P).sum() / (tokens > 0).sum().clamp(min=1)
 
 
-def auxiliary_loss(routing: Routing, live: Tensor | None = None) -> Tensor:
-    """The classic loss, Σ_i f_i P_i over the whole batch (Fedus et al. 2021, equation 4); a scalar. Multiply by α."""
+def auxiliary_loss(routing: Routing, live: Tensor | None = None, whole: Whole = alone) -> Tensor:
+    """The classic loss, Σ_i f_i P_i over the whole batch (Fedus et al. 2021, equation 4); a scalar. Multiply by α.
+    `whole` as in `sequence_balance_loss`."""
     scores, indices = routing.scores, routing.indices
     E, K = scores.shape[-1], indices.shape[-1]
     one = torch.ones_like(scores[:, :1]) if live is None else live[:, None].to(scores.dtype)
-    f = expert_counts(routing, live).to(scores.dtype) * E / (K * one.sum().clamp(min=1))
-    P = (scores / scores.sum(-1, keepdim=True) * one).sum(0) / one.sum().clamp(min=1)
-    return (f * P).sum()
+    counts = whole(torch.cat((expert_counts(routing, live).to(scores.dtype), one.sum()[None])))
+    tokens = counts[E].clamp(min=1)
+    P = (scores / scores.sum(-1, keepdim=True) * one).sum(0) / tokens
+    return (counts[:E] * E / (K * tokens) * P).sum()

@@ -5,6 +5,7 @@ them through a block of its own; embedding and head are the main model's. Depth 
 final norm, and a depth hands on its state after its own.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -55,13 +56,20 @@ class PredictionModule(nn.Module):
         return self.norm(x), routing
 
 
-def predict_further(model: "Transformer", states: Tensor, tokens: Tensor, packing: Packing) -> list[Prediction]:
+def predict_further(
+    model: "Transformer", states: Tensor, tokens: Tensor, packing: Packing,
+    ahead: Sequence[tuple[Tensor, Tensor]] | None = None,
+) -> list[Prediction]:  # fmt: skip
     """The modules in sequence over whole sequences. A row that lacks its token ahead joins token 0; being causal,
-    no row before it sees what comes of that."""
+    no row before it sees what comes of that.
+
+    `ahead`: for module d, from 1, `shift(tokens, packing, d)`, where a caller has it; where these tokens are only a
+    piece of their sequences, it must.
+    """
     angles = rotary(model.config, packing.positions)
     predictions = []
     for d, module in enumerate(model.mtp, start=1):
-        ahead, live = shift(tokens, packing, d)
-        states, routing = module(states, model.enter(ahead, packing), angles, packing)
+        further, live = shift(tokens, packing, d) if ahead is None else ahead[d - 1]
+        states, routing = module(states, model.enter(further, packing), angles, packing)
         predictions.append(Prediction(states, routing, live))
     return predictions

@@ -151,9 +151,12 @@ class Transformer(nn.Module):
         """`[T, D]` -> `[T, vocab]`, float32 or wider."""
         return self.head(states).to(torch.promote_types(states.dtype, torch.float32))
 
-    def predict_states(self, states: Tensor, tokens: Tensor, packing: Packing) -> list[Prediction]:
-        """The MTP modules in sequence over whole sequences, from the main model's states."""
-        return predict_further(self, states, tokens, packing)
+    def predict_states(
+        self, states: Tensor, tokens: Tensor, packing: Packing, ahead: Sequence[tuple[Tensor, Tensor]] | None = None
+    ) -> list[Prediction]:
+        """The MTP modules in sequence over whole sequences, from the main model's states. `ahead` as in
+        `predict_further`."""
+        return predict_further(self, states, tokens, packing, ahead)
 
     def predict(self, tokens: Tensor, lengths: Sequence[int] | Tensor | Packing) -> list[Tensor]:
         """The MTP modules' logits, one `[T, vocab]` a module: row t of module d, from 1, predicts token t+1+d.

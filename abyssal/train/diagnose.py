@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from abyssal.model.objective import Microbatch
 from abyssal.model.transformer import Transformer
-from abyssal.train.loss import Microbatch
 from abyssal.train.wrap import unwrapped
 
 

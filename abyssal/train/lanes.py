@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from abyssal.data import Batch, Batches, Split
+from abyssal.model.objective import Microbatch
 from abyssal.train.config import TrainConfig
-from abyssal.train.loss import Microbatch
 
 
 class Lanes:

@@ -120,10 +120,14 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
             while trainer.done < config.steps and stop.received is None:
                 start = time.perf_counter()
                 step = trainer.step(next(stream))
-                trainer.seconds += time.perf_counter() - start
                 last = trainer.done == config.steps
                 validates = last or trainer.done % config.validate_every == 0
-                if validates or trainer.done % config.log_every == 0:
+                saves = last or trainer.done % config.save_every == 0
+                tells = validates or trainer.done % config.log_every == 0
+                if tells or saves or stop.received is not None:
+                    trainer.check()  # the only place where the host waits for a GPU
+                trainer.seconds += time.perf_counter() - start
+                if tells:
                     elapsed = trainer.seconds - since[1]
                     speed = (trainer.done - since[0]) * step_tokens / max(elapsed, 1e-9)
                     since = (trainer.done, trainer.seconds)
@@ -135,7 +139,7 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
                     display.show(record, (config.steps - trainer.done) * step_tokens / speed)
                 else:
                     display.advance(trainer.done)
-                if last or trainer.done % config.save_every == 0:
+                if saves:
                     save()
             if trainer.done < config.steps and newest_state(states) != state_folder(states, trainer.done):
                 save()
@@ -161,7 +165,8 @@ def _record(trainer: Trainer, step: Step, speed: float) -> Record:
         "lr": learning_rate(config, number),
         "mtp_weight": mtp_weight(config, number),
         "bias_speed": bias_speed(config, number),
-        "max_violation": step.max_violation.tolist(),
+        "grad_norms": step.grad_norms,
+        "max_violation": step.max_violation,
         "tokens_per_second": speed,
         "seconds": trainer.seconds,
         "validation": None,

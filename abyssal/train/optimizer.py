@@ -9,31 +9,43 @@ orthogonalised, at a step size that lets AdamW's learning rate serve (Liu et al.
 norms stay with AdamW.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from abyssal.model.experts import Gate
-from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
 from abyssal.train.muon import StackedMuon
+from abyssal.train.parts import PARTS, part_of
 
 MASTER = "master"
 
 
+class Kept(NamedTuple):
+    """A parameter that the optimizer steps."""
+
+    name: str
+    param: nn.Parameter  # the model's, in the dtype it computes in; its gradient appears here
+    master: Tensor  # what is stepped: the parameter itself, this rank's piece of it, or its float32 original
+
+
 class Optimizer:
-    """Steps the parameters of `model`, which it converts to `dtype`; router biases stay float32."""
+    """Steps the masters, and copies them to parameters that are not their own masters."""
 
-    def __init__(self, model: Transformer, config: TrainConfig, dtype: torch.dtype) -> None:
-        self.names = [name for name, _ in model.named_parameters()]
-        wide = [p.detach().float().clone() for p in model.parameters()] if dtype == torch.bfloat16 else None
-        model.to(dtype)
-        self.params = list(model.parameters())
-        self.masters = self.params if wide is None else [nn.Parameter(p, requires_grad=False) for p in wide]
+    def __init__(self, kept: Sequence[Kept], config: TrainConfig) -> None:
         self.config = config
+        self.names = [k.name for k in kept]
+        self.params = [k.param for k in kept]
+        self.masters = [k.param if k.master is k.param else nn.Parameter(k.master, requires_grad=False) for k in kept]
+        # A piece of a parameter shares its memory; a float32 original does not, and is copied back after a step.
+        self._copied = [
+            (k.param, m) for k, m in zip(kept, self.masters, strict=True)
+            if m is not k.param and m.dtype != k.param.dtype
+        ]  # fmt: skip
+        self._parts = [part_of(name) for name in self.names]
 
-        matrices = _matrices(model) if config.optimizer == "muon" else set()
+        matrices = _matrices(self.names, self.masters) if config.optimizer == "muon" else set()
         pairs = list(zip(self.names, self.masters, strict=True))
         by_adam = [p for name, p in pairs if name not in matrices]
         groups = [
@@ -53,19 +65,22 @@ class Optimizer:
         if stacked:
             self.optimizers.append(StackedMuon(stacked, config.lr, config.weight_decay))
 
+    @torch.no_grad()
     def collect(self) -> None:
         """Takes in the gradients of one microbatch; call it after every `backward`."""
-        if self.masters is self.params:
-            return
         old, new = [], []
         for master, param in zip(self.masters, self.params, strict=True):
-            if param.grad is None:
+            gradient = param.grad
+            if master is param or gradient is None:
+                continue
+            if hasattr(gradient, "to_local"):  # a piece, which the ranks have added up, over the microbatches too
+                master.grad = gradient.to_local()
                 continue
             if master.grad is None:
-                master.grad = param.grad.float()
+                master.grad = gradient.float()
             else:
                 old.append(master.grad)
-                new.append(param.grad)
+                new.append(gradient)
             param.grad = None
         if old:
             torch._foreach_add_(old, new)
@@ -74,23 +89,40 @@ class Optimizer:
         """The step's gradients by the parameters' names, in the model's order."""
         return [(n, p.grad) for n, p in zip(self.names, self.masters, strict=True) if p.grad is not None]
 
-    def norm(self) -> Tensor:
-        """The gradient's norm over all parameters, a scalar in the masters' dtype."""
-        return torch.nn.utils.get_total_norm([gradient for _, gradient in self.gradients()])
+    def squares(self) -> Tensor:
+        """The gradient's sum of squares by PARTS, in the masters' dtype."""
+        wide = torch.promote_types(self.masters[0].dtype, torch.float32)
+        sums = torch.zeros(len(PARTS), dtype=wide, device=self.masters[0].device)
+        for part in sorted(set(self._parts)):
+            gradients = [
+                p.grad for i, p in zip(self._parts, self.masters) if i == part and p.grad is not None and p.numel()
+            ]
+            if gradients:
+                sums[part] = torch.stack(torch._foreach_norm(gradients)).to(wide).square().sum()
+        return sums
 
-    def update(self, lr: float, norm: float) -> None:
-        """Clips the gradient, whose norm is `norm`, steps at the rate `lr`, and drops the gradient."""
+    @torch.no_grad()
+    def update(self, lr: float, norm: Tensor, stopped: Tensor) -> None:
+        """Clips the gradient, whose norm is `norm`, steps at the rate `lr`, and drops the gradient. Where `stopped`, a
+        float32 scalar, is 1, it only drops it. Waits for the device only if Muon steps too."""
+        adamw, *muon = self.optimizers
         clip = self.config.clip
-        if clip is not None and norm > clip:
-            torch._foreach_mul_([gradient for _, gradient in self.gradients()], clip / norm)
+        scale = None if clip is None else (norm / clip).clamp(min=1.0).float()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            optimizer.step()
+        if muon and not bool(stopped):
+            if scale is not None:
+                gradients = [p.grad for o in muon for g in o.param_groups for p in g["params"] if p.grad is not None]
+                torch._foreach_div_(gradients, scale.to(gradients[0].dtype))
+            for optimizer in muon:
+                optimizer.step()
+        # As `torch.amp` does it: the kernel divides the gradient by one and does nothing where the other is 1.
+        adamw.grad_scale, adamw.found_inf = scale, stopped  # type: ignore[attr-defined]
+        adamw.step()
         self.drop_gradients()
-        if self.masters is not self.params:
-            with torch.no_grad():
-                torch._foreach_copy_([*self.params], [*self.masters])
+        if self._copied:
+            torch._foreach_copy_([p for p, _ in self._copied], [m for _, m in self._copied])
 
     def drop_gradients(self) -> None:
         """Forgets the gradients, the masters' and the model's."""
@@ -100,8 +132,9 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by `kind/parameter`; not copies."""
         tensors: dict[str, Tensor] = {}
+        copied = {m for _, m in self._copied}
         for name, p in zip(self.names, self.masters, strict=True):
-            if self.masters is not self.params:
+            if p in copied:
                 tensors[f"{MASTER}/{name}"] = p.detach()
             for optimizer in self.optimizers:
                 for kind, value in optimizer.state.get(p, {}).items():
@@ -122,8 +155,8 @@ class Optimizer:
                 owners[p].state[p][kind] = value.to(p.device, copy=True)
 
 
-def _matrices(model: Transformer) -> set[str]:
+def _matrices(names: Sequence[str], masters: Sequence[Tensor]) -> set[str]:
     """Names of the parameters that Muon steps."""
-    routers = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Gate)}
-    ends = {"embed.weight", "head.weight"}
-    return {name for name, p in model.named_parameters() if p.ndim >= 2} - routers - ends
+    kept = {"embedding", "head", "router"}
+    return {n for n, p in zip(names, masters) if p.ndim >= 2 and not n.endswith("gate.weight")
+            and PARTS[part_of(n)] not in kept}  # fmt: skip

@@ -1,11 +1,11 @@
 """Model, optimizer, data and balance of a run, and one optimizer step with them."""
 
-import math
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +14,70 @@ import abyssal
 from abyssal.config import ConfigError, ModelConfig
 from abyssal.data import TokenSet
 from abyssal.model.balance import Balance
+from abyssal.model.objective import LossScales, Microbatch
 from abyssal.model.transformer import Transformer
+from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
 from abyssal.train.diagnose import NotFinite, first_not_finite
 from abyssal.train.lanes import Lanes
-from abyssal.train.loss import Microbatch, Totals, losses
 from abyssal.train.optimizer import Optimizer
+from abyssal.train.parts import PARTS
 from abyssal.train.schedule import bias_speed, learning_rate, mtp_weight
 from abyssal.train.state import load_state, read_trainer, save_state
-from abyssal.train.wrap import wrap_blocks
 
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
 FREE = {"log_every", "save_every", "keep_states", "out", "data", "tokenizer", "model", "model_overrides"}
 DATA_KEYS = ("source_sha256", "tokenizer_sha256", "validation", "shard_tokens", "seed")
 
 
-class Step(NamedTuple):
-    """What one optimizer step came to; `max_violation` stays on the device."""
+class Step:
+    """What one optimizer step came to. Its numbers stay on the device until one of them is read, all at once."""
 
-    loss: float  # everything that was differentiated
-    main_loss: float  # nats a token
-    mtp_losses: list[float]  # nats a token, a module
-    balance_loss: float
-    grad_norm: float  # before clipping
-    max_violation: Tensor  # [gates] float64
+    def __init__(self, sums: Tensor, norms: Tensor, violation: Tensor) -> None:
+        self._sums = sums  # loss, main, balance, then the MTP modules'
+        self._norms = norms  # of the gradient before clipping, by PARTS, and over all of it
+        self._violation = violation  # [gates] float64
+
+    @cached_property
+    def _read(self) -> list[float]:
+        pieces = (self._sums, self._norms, self._violation)
+        numbers: list[float] = torch.cat([t.double() for t in pieces]).tolist()
+        return numbers
+
+    @property
+    def loss(self) -> float:
+        """Everything that was differentiated."""
+        return self._read[0]
+
+    @property
+    def main_loss(self) -> float:
+        """Nats a token."""
+        return self._read[1]
+
+    @property
+    def balance_loss(self) -> float:
+        return self._read[2]
+
+    @property
+    def mtp_losses(self) -> list[float]:
+        """Nats a token, a module."""
+        return self._read[3 : len(self._sums)]
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the whole gradient, before clipping."""
+        return self._read[len(self._sums) + len(PARTS)]
+
+    @property
+    def grad_norms(self) -> dict[str, float]:
+        """Before clipping, by the parts of the model that there are."""
+        start = len(self._sums)
+        return {part: x for part, x in zip(PARTS, self._read[start:]) if x > 0}
+
+    @property
+    def max_violation(self) -> list[float]:
+        """MaxVio of every gate, in the order of `Transformer.gates`."""
+        return self._read[len(self._sums) + len(self._norms) :]
 
 
 def resolve_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
@@ -68,12 +108,14 @@ class Trainer:
         self.done, self.seconds = 0, 0.0
         generator = torch.Generator().manual_seed(config.seed)
         # Always initialised on the CPU and in float32, so that a seed means one model everywhere.
-        self.model = Transformer(model).init_weights(generator).to(self.device)
-        self.optimizer = Optimizer(self.model, config, self.dtype)
-        wrap_blocks(self.model, config)
+        self.model = Transformer(model).init_weights(generator)
+        self.spread = Alone(self.model, config, self.device, self.dtype)
+        self.optimizer = Optimizer(self.spread.parameters(), config)
         self.balance = Balance(self.model.gates())
         self.token_set = token_set
         self.lanes = Lanes(token_set.split("train"), config, len(self.model.mtp))
+        # The first step whose loss or gradient was not finite, 0 if there was none: from then on nothing is changed.
+        self._bad = torch.zeros((), dtype=torch.int64, device=self.device)
 
     @contextmanager
     def stream(self) -> Iterator[Iterator[list[Microbatch]]]:
@@ -82,33 +124,46 @@ class Trainer:
             yield steps
 
     def step(self, microbatches: Sequence[Microbatch]) -> Step:
-        """Takes one optimizer step. Raises NotFinite, and changes nothing, if a loss or the gradient is not finite."""
+        """Takes one optimizer step, without waiting for a GPU. If a loss or the gradient is not finite, it and every
+        later one change nothing; `check` tells, and on a CPU it is called here."""
         number = self.done + 1
-        micros = [micro.to(self.device) for micro in microbatches]
-        totals = Totals.of(micros)
-        weight = mtp_weight(self.config, number)
-        parts = []
-        for micro in micros:
-            loss = losses(self.model, micro, totals, self.config, weight)
-            loss.total.backward()
-            self.optimizer.collect()
-            if self.balance.gates:
-                self.balance.observe(loss.routings, loss.live)
-            parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
-        # The one value a step that the host waits for: an update with a NaN cannot be taken back.
-        total, main, balance, *rest = torch.cat([torch.stack(parts).sum(0), self.optimizer.norm()[None]]).tolist()
-        mtp, norm = rest[:-1], rest[-1]
-        if not (math.isfinite(total) and math.isfinite(norm)):
-            where = first_not_finite(self.model, micros, self.optimizer.gradients())
-            self.optimizer.drop_gradients()
-            self.balance.counts.zero_()
-            raise NotFinite(f"step {number}: the loss is {total:g} and the gradient's norm {norm:g}; first: {where}")
-        self.optimizer.update(learning_rate(self.config, number), norm)
-        violation = torch.zeros(0)
+        sums = self._gradients(microbatches, number)
+        norms = self.spread.norms(self.optimizer.squares())
+        bad = ~(sums[0].isfinite() & norms[-1].isfinite())
+        self._bad = torch.where((self._bad == 0) & bad, number, self._bad)
+        stopped = (self._bad > 0).float()
+        self.optimizer.update(learning_rate(self.config, number), norms[-1], stopped)
+        violation = torch.zeros(0, device=self.device)
         if self.balance.gates:
-            violation = self.balance.update(bias_speed(self.config, number))
+            self.spread.add_up(self.balance.counts)
+            speed = bias_speed(self.config, number) * (1 - stopped)
+            violation = self.spread.of_all_gates(self.balance.update(speed))
         self.done = number
-        return Step(total, main, mtp, balance, norm, violation)
+        if self.device.type == "cpu":
+            self.check(microbatches)
+        return Step(sums, norms, violation)
+
+    def check(self, microbatches: Sequence[Microbatch] | None = None) -> None:
+        """Raises NotFinite, the state being that before the step, if a step so far had a loss or a gradient that is not
+        finite. Waits for the device. `microbatches`: of that step; None: as the run reads them."""
+        number = int(self._bad)
+        if not number:
+            return
+        self._bad.zero_()
+        micros = microbatches or self.lanes.step(number)
+        loss = float(self._gradients(micros, number)[0])
+        norm = float(self.spread.norms(self.optimizer.squares())[-1])
+        where = first_not_finite(self.model, [m.to(self.device) for m in micros], self.optimizer.gradients())
+        self.optimizer.drop_gradients()
+        self.balance.counts.zero_()
+        self.done = number - 1
+        raise NotFinite(f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; first: {where}")
+
+    def _gradients(self, microbatches: Sequence[Microbatch], number: int) -> Tensor:
+        """Forward and backward over a step's microbatches; the sums of its losses."""
+        c = self.config
+        scales = LossScales(mtp_weight(c, number), c.sequence_balance, c.auxiliary_balance)
+        return self.spread.run(microbatches, scales, self.optimizer.collect, self.balance)
 
     def save(self, folder: Path) -> None:
         """Writes the state after `done` steps."""

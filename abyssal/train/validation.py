@@ -9,9 +9,9 @@ from torch import Tensor
 
 from abyssal.data import Batch, Split, Tokenizer, TokenSet, validation_batches
 from abyssal.model.balance import expert_counts
+from abyssal.model.objective import Microbatch
 from abyssal.model.transformer import Transformer
 from abyssal.ops.cross_entropy import linear_cross_entropy
-from abyssal.train.loss import Microbatch
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from abyssal.data import Batch
+from abyssal.model.objective import LossScales, Microbatch, Objective, Totals
 from abyssal.model.packing import Packing
 from abyssal.model.transformer import Transformer
-from abyssal.train.loss import Microbatch, Totals, losses
 from abyssal.train.trainer import Trainer
 
 PARTS = [[5, 1, 20], [40], [3, 2, 2, 30], [17, 9]]
@@ -28,9 +28,9 @@ def observe_step(config, token_set, batches):
     seen = {}
     update, balance = trainer.optimizer.update, trainer.balance.update
 
-    def spy_update(lr, norm):
+    def spy_update(lr, norm, stopped):
         seen["gradients"] = {name: g.clone() for name, g in trainer.optimizer.gradients()}
-        update(lr, norm)
+        update(lr, norm, stopped)
 
     def spy_balance(speed):
         seen["counts"] = trainer.balance.counts.clone()
@@ -84,7 +84,7 @@ def test_loss_is_the_mean_over_positions_that_have_a_target(make_config, batches
     model = Transformer(config.model_settings()).init_weights(torch.Generator().manual_seed(1)).double()
     batch = joined(batches)
     micro = Microbatch.of(batch, 2)
-    got = losses(model, micro, Totals.of([micro]), config, mtp_weight=0.5)
+    got = Objective(model)(micro, Totals.of([micro]), LossScales(mtp=0.5))
     sums, weights, start = [0.0] * 3, [0.0] * 3, 0
     for n in batch.lengths:
         tokens, weight = batch.tokens[start : start + n], batch.weights[start : start + n]
@@ -108,7 +108,7 @@ def test_a_packed_batch_has_the_weighted_gradient_of_its_documents(make_config, 
 
     def gradient(micro):
         model.zero_grad(set_to_none=True)
-        losses(model, micro, Totals.of([micro]), config, mtp_weight=0.0).total.backward()
+        Objective(model)(micro, Totals.of([micro]), LossScales(mtp=0.0)).total.backward()
         return [p.grad.clone() for p in (model.embed.weight, model.layers[1].ffn.experts.w1, model.head.weight)]
 
     packed = gradient(Microbatch.of(batch, 1))

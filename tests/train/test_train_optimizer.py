@@ -5,13 +5,22 @@ import torch
 from torch import nn
 
 from abyssal.model.transformer import Transformer
+from abyssal.train.alone import Alone
 from abyssal.train.muon import StackedMuon, orthogonalize
 from abyssal.train.optimizer import Optimizer
+from abyssal.train.parts import PARTS
 
 
 def build(config, dtype=torch.float32):
     model = Transformer(config.model_settings()).init_weights(torch.Generator().manual_seed(0))
-    return model, Optimizer(model, config, dtype)
+    return model, Optimizer(Alone(model, config, torch.device("cpu"), dtype).parameters(), config)
+
+
+def update(optimizer, lr, stopped=0.0):
+    """Returns the gradient's norm before clipping."""
+    norm = optimizer.squares().sum().sqrt()
+    optimizer.update(lr, norm, torch.tensor(stopped))
+    return float(norm)
 
 
 def fill_gradients(model, scale=1.0, seed=0):
@@ -71,7 +80,7 @@ def test_adamw_by_hand(make_config):
     fill_gradients(model)
     gradient = model.head.weight.grad.clone()
     optimizer.collect()
-    optimizer.update(0.01, float(optimizer.norm()))
+    update(optimizer, 0.01)
     # After one step the moments' bias corrections leave g / (|g| + eps).
     expected = before * (1 - 0.01 * 0.1) - 0.01 * gradient / (gradient.abs() + 1e-8)
     torch.testing.assert_close(model.head.weight.detach(), expected, rtol=1e-5, atol=1e-7)
@@ -81,12 +90,36 @@ def test_clipping_scales_the_whole_gradient(make_config):
     config = make_config(clip=1.0)
     model, optimizer = build(config)
     fill_gradients(model)
-    norm = float(optimizer.norm())
     total = sum(float(p.grad.double().square().sum()) for p in model.parameters()) ** 0.5
-    assert norm == pytest.approx(total, rel=1e-5)
     kept = [g for _, g in optimizer.gradients()]
-    optimizer.update(0.0, norm)
+    assert update(optimizer, 0.0) == pytest.approx(total, rel=1e-5)
     assert torch.stack([g.double().norm() for g in kept]).norm() == pytest.approx(1.0, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_stopped_update_changes_nothing_but_drops_the_gradient(make_config, name):
+    model, optimizer = build(make_config(optimizer=name, weight_decay=0.1))
+    fill_gradients(model)
+    update(optimizer, 0.01)
+    before = [p.detach().clone() for p in model.parameters()]
+    state = {key: t.clone() for key, t in optimizer.state().items()}
+    fill_gradients(model, scale=float("nan"))
+    update(optimizer, 0.01, stopped=1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(t, optimizer.state()[key]) for key, t in state.items())
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_norm_by_parts_adds_up_and_names_them(make_config):
+    model, optimizer = build(make_config({"num_nextn_predict_layers": 1, "n_shared_experts": 1}))
+    fill_gradients(model)
+    by_part = dict(zip(PARTS, optimizer.squares().tolist(), strict=True))
+    named = dict(model.named_parameters())
+    experts = [p for name, p in named.items() if ".ffn.experts." in name and not name.startswith("mtp")]
+    assert by_part["experts"] == pytest.approx(sum(float(p.grad.square().sum()) for p in experts), rel=1e-4)
+    assert by_part["head"] == pytest.approx(float(named["head.weight"].grad.square().sum()), rel=1e-4)
+    assert all(x > 0 for x in by_part.values())
+    assert sum(by_part.values()) == pytest.approx(sum(float(p.grad.square().sum()) for p in named.values()), rel=1e-4)
 
 
 def test_tiny_updates_reach_float32_masters(make_config):
@@ -103,7 +136,7 @@ def test_tiny_updates_reach_float32_masters(make_config):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.collect()
-        optimizer.update(1e-5, float(optimizer.norm()))
+        update(optimizer, 1e-5)
     assert float(optimizer.masters[0][0, 0]) == pytest.approx(0.02 - 40e-5, rel=1e-3)
     assert float(model.embed.weight[0, 0]) == pytest.approx(0.0196, abs=1e-4)
     assert float(model.embed.weight[0, 0]) != rounded
@@ -126,7 +159,7 @@ def test_state_round_trip(make_config, dtype, name):
     def step(model, optimizer, seed):
         fill_gradients(model, 0.1, seed)
         optimizer.collect()
-        optimizer.update(1e-3, float(optimizer.norm()))
+        update(optimizer, 1e-3)
 
     model, optimizer = build(config, dtype)
     step(model, optimizer, 1)
