@@ -268,6 +268,38 @@ def bench_whole_engine(
     bench_engine(name, device, folder, batch, only, startup, peer, json_file, picture)
 
 
+@bench.command("train")
+def bench_training(
+    model: Annotated[
+        str | None, typer.Argument(help="A preset or a folder. [default: reference-961m on a GPU, tiny elsewhere]")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences of a microbatch. [default: 16, or 4 on a CPU]")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of one. [default: 2048, or 128 on a CPU]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps timed. [default: 20, or 3 on a CPU]", min=1)] = None,
+    only: Annotated[str | None, typer.Option(help="Only rows with one of these in their names, with commas.")] = None,
+    peer: Annotated[bool, typer.Option(help="Time transformers and torchtitan, too.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="One row of ours, one of transformers.")] = False,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE of a run's settings, for all of our rows.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw rates and memory into this PNG.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
+) -> None:
+    """Time steps of training beside transformers and torchtitan at the same shape; 1 if one of ours fails."""
+    from abyssal.bench.train import bench_train
+
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # cut short, it prints what it has
+    try:
+        report = bench_train(
+            model, device, batch, sequence, steps, only, peer, quick, tuple(settings or ()), json_file, picture
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if any(row.failure for row in report.rows if row.who == "abyssal"):
+        raise typer.Exit(1)
+
+
 @bench.command("speculation")
 def bench_drafts(
     model: Model,

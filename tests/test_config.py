@@ -46,8 +46,8 @@ YARN = {
 # ---- presets ---------------------------------------------------------------------------------------------
 
 
-def test_the_presets_are_seven_public_ones_and_three_of_ours() -> None:
-    assert set(preset_names()) == {*PUBLIC, "tiny", "small", "stories"}
+def test_the_presets_are_seven_public_ones_and_four_of_ours() -> None:
+    assert set(preset_names()) == {*PUBLIC, "tiny", "small", "stories", "reference-961m"}
 
 
 @pytest.mark.parametrize(
