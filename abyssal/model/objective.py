@@ -90,20 +90,23 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a step's sums are divided by: numbers, or scalars on the device."""
+    """What a step's sums are divided by. Python never reads them: they may be on their way to a GPU."""
 
-    tokens: float | Tensor
-    weights: list[float] | Tensor  # a depth
-    sequences: list[float] | Tensor  # a depth
+    tokens: Tensor  # a scalar
+    weights: Tensor  # [1 + modules], a depth
+    sequences: Tensor  # [1 + modules], a depth
 
     @staticmethod
-    def of(microbatches: Sequence[Microbatch]) -> "Totals":
-        """Over all microbatches of a step; where nothing is to be predicted, 1."""
-        return Totals(
-            sum(m.tokens.shape[0] for m in microbatches),
-            [sum(part) or 1.0 for part in zip(*(m.totals for m in microbatches))],
-            [float(sum(part) or 1) for part in zip(*(m.sequences for m in microbatches))],
-        )
+    def of(microbatches: Sequence[Microbatch], everywhere: Whole = alone) -> "Totals":
+        """Over all microbatches of a step; where nothing is to be predicted, 1. `everywhere` adds a float64 tensor up
+        over all that have other microbatches of the step, and says what device and dtype the totals are of."""
+        tokens = [sum(m.tokens.shape[0] for m in microbatches)]
+        weights = [sum(part) for part in zip(*(m.totals for m in microbatches))]
+        sequences = [sum(part) for part in zip(*(m.sequences for m in microbatches))]
+        sums = everywhere(torch.tensor(tokens + weights + sequences, dtype=torch.float64))
+        sums = torch.where(sums == 0, 1.0, sums)
+        tokens_sum, weight_sums, sequence_sums = sums.split([1, len(weights), len(sequences)])
+        return Totals(tokens_sum[0], weight_sums, sequence_sums)
 
 
 @dataclass(frozen=True)

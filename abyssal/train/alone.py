@@ -13,17 +13,24 @@ from abyssal.train.optimizer import Kept
 from abyssal.train.wrap import wrap_blocks
 
 
+def wide_of(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in: float32 or wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Alone:
     """The model whole, on `device`, computing in `dtype`; float32 masters beside it where that is narrower."""
 
     def __init__(self, model: Transformer, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self.device = device
+        self.device, self.dtype = device, dtype
         model.to(device)
         wide = [p.detach().float().clone() for p in model.parameters()] if dtype == torch.bfloat16 else None
         self.model = model.to(dtype)
         self._masters = wide
         wrap_blocks(model, config)
         self.objective = Objective(model)
+
+    reader = (0, 1)  # it reads all of a step's microbatches
 
     def parameters(self) -> list[Kept]:
         """What the optimizer steps."""
@@ -37,7 +44,7 @@ class Alone:
     ) -> Tensor:
         """Forward and backward over all of a step's microbatches, which lie on the CPU; `collect` is called after each.
         Returns the sums of loss, main loss, balance loss and the MTP modules' losses, `[3 + modules]`."""
-        totals = Totals.of(microbatches)
+        totals = Totals.of(microbatches, self._here)
         parts = []
         for micro in microbatches:
             loss = self.objective(micro.to(self.device), totals, scales)
@@ -47,6 +54,9 @@ class Alone:
                 balance.observe(loss.routings, loss.live)
             parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
         return torch.stack(parts).sum(0)
+
+    def _here(self, sums: Tensor) -> Tensor:
+        return sums.to(wide_of(self.dtype)).to(self.device, non_blocking=True)
 
     def norms(self, squares: Tensor) -> Tensor:
         """The norms by part and over all, `[parts + 1]`, from the sums of squares by part."""

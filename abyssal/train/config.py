@@ -39,7 +39,7 @@ class TrainConfig(BaseModel):
     # How much of it at a time.
     steps: Count  # optimizer steps of the whole run
     batch_tokens: Count = 4096  # tokens a microbatch
-    accumulate: Count = 1  # microbatches a step
+    accumulate: Count = 1  # microbatches a step, over all devices
     sequence: Count = 512  # tokens of the longest packed sequence
 
     # The optimizer.
@@ -69,6 +69,11 @@ class TrainConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float64"] | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     recompute: Literal["none", "block"] = "none"
     compile: bool = False
+
+    # Over how many devices, under torchrun, and how: none of it alters the curve but in its last bits.
+    mesh: str = ""  # "dp=2,ep=2": see abyssal.parallel.mesh
+    reshard: bool = True  # a block's parameters are dropped between its forward and its backward
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zbv", "dualpipev"] = "1f1b"  # of the pipeline's microbatches
 
     # What is told and kept.
     log_every: Count = 10

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,17 @@ from abyssal.data import TokenSet
 from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Microbatch
 from abyssal.model.transformer import Transformer
+from abyssal.parallel import Mesh, MeshShape, Spread
+from abyssal.parallel.mesh import start
 from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
 from abyssal.train.diagnose import NotFinite, first_not_finite
 from abyssal.train.lanes import Lanes
-from abyssal.train.optimizer import Optimizer
+from abyssal.train.optimizer import Kept, Optimizer
 from abyssal.train.parts import PARTS
 from abyssal.train.schedule import bias_speed, learning_rate, mtp_weight
 from abyssal.train.state import load_state, read_trainer, save_state
+from abyssal.train.wrap import wrap_blocks
 
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
 FREE = {"log_every", "save_every", "keep_states", "out", "data", "tokenizer", "model", "model_overrides"}
@@ -103,17 +106,26 @@ class Trainer:
             )
         self.config = config
         self.device, self.dtype = resolve_device(config)
+        if config.mesh:
+            self.device = start(self.device)
         if config.compile and self.device.type == "cpu" and model.n_routed_experts is not None:
             raise ConfigError("compile: on a CPU the experts' product cannot be compiled for training; say false")
         self.done, self.seconds = 0, 0.0
         generator = torch.Generator().manual_seed(config.seed)
         # Always initialised on the CPU and in float32, so that a seed means one model everywhere.
         self.model = Transformer(model).init_weights(generator)
-        self.spread = Alone(self.model, config, self.device, self.dtype)
-        self.optimizer = Optimizer(self.spread.parameters(), config)
+        self.spread: Alone | Spread
+        if config.mesh:
+            mesh = Mesh(MeshShape.parse(config.mesh), self.device.type)
+            wrap = partial(wrap_blocks, config=config)
+            self.spread = Spread(self.model, mesh, self.device, self.dtype, config.reshard, wrap)
+            self.optimizer = Optimizer([Kept(p.name, p.param, p.local) for p in self.spread.parameters()], config)
+        else:
+            self.spread = Alone(self.model, config, self.device, self.dtype)
+            self.optimizer = Optimizer(self.spread.parameters(), config)
         self.balance = Balance(self.model.gates())
         self.token_set = token_set
-        self.lanes = Lanes(token_set.split("train"), config, len(self.model.mtp))
+        self.lanes = Lanes(token_set.split("train"), config, len(self.model.mtp), *self.spread.reader)
         # The first step whose loss or gradient was not finite, 0 if there was none: from then on nothing is changed.
         self._bad = torch.zeros((), dtype=torch.int64, device=self.device)
 

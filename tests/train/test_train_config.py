@@ -12,7 +12,7 @@ BASE = {"model": "tiny", "out": "run", "steps": 100}
 
 
 def test_packaged_runs_are_read_and_fit_their_models():
-    assert run_names() == ["small", "tiny"]
+    assert run_names() == ["small", "stories", "tiny"]
     for name in run_names():
         config = TrainConfig.read(name)
         assert config.sequence <= config.model_settings().max_position_embeddings
@@ -76,7 +76,7 @@ def test_model_overrides_are_checked(overrides, message):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: neither a run of the package \(small, tiny\)"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: neither a run of the package \(small, stories, tiny\)"):
         TrainConfig.read("nowhere")
     (tmp_path / "bad.toml").write_text("= 3")
     with pytest.raises(ConfigError, match=r"bad\.toml: malformed"):

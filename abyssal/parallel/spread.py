@@ -1,0 +1,107 @@
+"""A model spread over a mesh, and a step's forward and backward passes over it."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from abyssal.model.balance import Balance
+from abyssal.model.objective import LossScales, Microbatch, Objective, Totals
+from abyssal.model.transformer import Transformer
+from abyssal.parallel.cut import cut
+from abyssal.parallel.mesh import DATA, STAGE, Mesh
+from abyssal.parallel.shard import Split, Splits, shard
+
+
+class Piece(NamedTuple):
+    """A parameter of which this rank owns a piece."""
+
+    name: str
+    param: nn.Parameter  # a DTensor over the ranks that hold the same values
+    local: Tensor  # this rank's piece, float32 or wider, sharing its memory; may be empty
+    split: Split | None
+
+
+class Spread:
+    """`model` as this rank has it, after it was given whole and alike to every rank.
+
+    `wrap` is applied to the blocks before they are sharded: recomputation and compilation. Raises ValueError for a model
+    that the mesh cannot divide.
+    """
+
+    def __init__(
+        self, model: Transformer, mesh: Mesh, device: torch.device, dtype: torch.dtype, reshard: bool = True,
+        wrap: Callable[[Transformer], None] = lambda model: None,
+    ) -> None:  # fmt: skip
+        self.model, self.mesh, self.device = model, mesh, device
+        self.wide = torch.promote_types(dtype, torch.float32)
+        model.to(device)
+        if dtype == torch.float64:
+            model.to(dtype)
+        self.splits: Splits = {}
+        wrap(model)
+        self.objective = Objective(model, self._whole)
+        blocks = [*model.layers, *(module.block for module in model.mtp)]
+        shard(self.objective, blocks, mesh, dtype, reshard, self.splits)
+
+    def parameters(self) -> list[Piece]:
+        """This rank's pieces, by the parameters' names in a whole model."""
+        owners = {id(p): self.splits.get(m) for m in self.model.modules() for p in m.parameters(recurse=False)}
+        return [
+            Piece(name, p, cast(DTensor, p).to_local().detach(), owners[id(p)])
+            for name, p in self.model.named_parameters()
+        ]
+
+    def run(
+        self, microbatches: Sequence[Microbatch], scales: LossScales, collect: Callable[[], None], balance: Balance
+    ) -> Tensor:
+        """Forward and backward over the microbatches of a step that this rank's `reader` reads, on the CPU; `collect` is
+        called at the end. Returns the sums of loss, main loss, balance loss and the MTP modules' losses over all ranks,
+        `[3 + modules]`."""
+        parts = []
+        totals = Totals.of(microbatches, self._everywhere)
+        for micro in microbatches:
+            loss = self.objective(cut(micro, self.mesh).to(self.device), totals, scales)
+            loss.total.backward()
+            if balance.gates:
+                balance.observe(loss.routings, loss.live)
+            parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
+        collect()
+        sums = torch.stack(parts).sum(0)
+        dist.all_reduce(sums, group=self.mesh.group(*STAGE))
+        return sums
+
+    def norms(self, squares: Tensor) -> Tensor:
+        """The norms by part and over all, `[parts + 1]`, from this rank's sums of squares by part: every number has one
+        owner."""
+        dist.all_reduce(squares, group=self.mesh.group("pp", *STAGE))
+        return torch.cat((squares, squares.sum()[None])).sqrt()
+
+    def add_up(self, counts: Tensor) -> None:
+        """Adds a tensor up, in place, over every rank of the stage: each saw other tokens."""
+        dist.all_reduce(counts, group=self.mesh.group(*STAGE))
+
+    def of_all_gates(self, violation: Tensor) -> Tensor:
+        """What is known of this rank's gates, of all gates."""
+        return violation
+
+    @property
+    def reader(self) -> tuple[int, int]:
+        """Which of a step's microbatches this rank reads: every `count`-th from number `place` on, `(place, count)`."""
+        return self.mesh.place(*DATA), self.mesh.shape.batches
+
+    def _everywhere(self, sums: Tensor) -> Tensor:
+        """Adds a step's totals up over the readers."""
+        sums = sums.to(self.device, non_blocking=True)
+        dist.all_reduce(sums, group=self.mesh.group(*DATA))
+        return sums.to(self.wide)
+
+    def _whole(self, counts: Tensor) -> Tensor:
+        """Sums what balance losses count over the pieces of the same sequences."""
+        if self.mesh.size("cp", "tp") > 1:
+            counts = counts.clone()
+            dist.all_reduce(counts, group=self.mesh.group("cp", "tp"))
+        return counts

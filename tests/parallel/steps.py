@@ -1,0 +1,78 @@
+"""A run's first steps, on one process or as one of several ranks, and what they came to."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from abyssal.data import TokenSet
+from abyssal.train import TrainConfig
+from abyssal.train.trainer import Trainer
+
+MODEL = {
+    "vocab_size": 320, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "n_routed_experts": 8,
+    "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_nextn_predict_layers": 1, "n_shared_experts": 1,
+}  # fmt: skip
+STEPS = 20
+
+
+class Steps(NamedTuple):
+    gradients: dict[str, Tensor]  # of the first step, whole
+    losses: list[tuple[float, ...]]  # a step: all, main, balance, the MTP modules', the gradient's norm
+    violations: list[list[float]]
+    biases: dict[str, Tensor]
+
+
+def settings(tokens: Path, out: Path, mesh: str, model: dict[str, Any], **changes: Any) -> TrainConfig:
+    base: dict[str, Any] = {
+        "model": "tiny", "model_overrides": MODEL | model, "data": str(tokens), "out": str(out), "steps": STEPS,
+        "batch_tokens": 128, "sequence": 64, "accumulate": 4, "lr": 3e-3, "device": "cpu", "mesh": mesh,
+        "sequence_balance": 0.1, "bias_speed": 0.05,
+    }  # fmt: skip
+    return TrainConfig.of(base | changes)
+
+
+def take(config: TrainConfig, steps: int = STEPS) -> Steps:
+    """The first `steps` of a run; every rank returns the same but for gradients of stages that it isn't of."""
+    trainer = Trainer(config, config.model_settings(), TokenSet.open(config.data))
+    gradients: dict[str, Tensor] = {}
+    losses, violations = [], []
+    update = trainer.optimizer.update
+
+    def spy(lr: float, norm: Tensor, stopped: Tensor) -> None:
+        if not gradients:
+            gradients.update(whole_gradients(trainer))
+        update(lr, norm, stopped)
+
+    trainer.optimizer.update = spy  # type: ignore[method-assign]
+    with trainer.stream() as stream:
+        for _ in range(steps):
+            step = trainer.step(next(stream))
+            losses.append((step.loss, step.main_loss, step.balance_loss, *step.mtp_losses, step.grad_norm))
+            violations.append(step.max_violation)
+    biases = {name: b.clone() for name, b in trainer.model.named_buffers() if name.endswith("bias")}
+    return Steps(gradients, losses, violations, biases)
+
+
+def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """This rank's gradients, each made whole."""
+    if not trainer.config.mesh:
+        return {name: g.clone() for name, g in trainer.optimizer.gradients()}
+    from abyssal.parallel.gather import whole
+
+    return {
+        piece.name: whole(piece.param.grad.to_local(), piece, trainer.spread.mesh)
+        for piece in trainer.spread.parameters()
+    }
+
+
+def compare(ours: Steps, one: Steps, rtol: float = 2e-5) -> None:
+    """Raises AssertionError unless these are the same steps, up to the rounding of float32 sums in another order."""
+    for name, gradient in ours.gradients.items():
+        scale = one.gradients[name].abs().max().item()
+        torch.testing.assert_close(gradient, one.gradients[name], rtol=1e-4, atol=2e-6 * max(scale, 1.0), msg=name)
+    for number, (a, b) in enumerate(zip(ours.losses, one.losses, strict=True)):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=rtol * (1 + number), atol=1e-6)
+    assert ours.violations[0] == one.violations[0]
