@@ -5,8 +5,8 @@ spreading is one file: `shard` (FSDP2), `experts` (expert parallel), `tensor` (t
 `context` (context parallel), `pipeline` (pipeline parallel). `cut` gives each rank its piece of a batch.
 
 One rule makes their products simple. Every loss is a sum over tokens, divided by totals of the whole step; so the
-gradient of a parameter is the sum over all ranks that hold a copy of it, whatever they hold it for. FSDP2 does that sum,
-over exactly those ranks, and leaves each with one piece of the parameter: every number of the model then has one
+gradient of a parameter is the sum over all ranks that hold a copy of it, whatever they hold it for. FSDP2 does that
+sum, over exactly those ranks, and leaves each with one piece of the parameter: every number of the model then has one
 owner in its pipeline stage, for the optimizer, the norm and the checkpoint.
 """
 

@@ -28,8 +28,8 @@ class Piece(NamedTuple):
 class Spread:
     """`model` as this rank has it, after it was given whole and alike to every rank.
 
-    `wrap` is applied to the blocks before they are sharded: recomputation and compilation. Raises ValueError for a model
-    that the mesh cannot divide.
+    `wrap` is applied to the blocks before they are sharded: recomputation and compilation. Raises ValueError for a
+    model that the mesh cannot divide.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Spread:
     def run(
         self, microbatches: Sequence[Microbatch], scales: LossScales, collect: Callable[[], None], balance: Balance
     ) -> Tensor:
-        """Forward and backward over the microbatches of a step that this rank's `reader` reads, on the CPU; `collect` is
-        called at the end. Returns the sums of loss, main loss, balance loss and the MTP modules' losses over all ranks,
-        `[3 + modules]`."""
+        """Forward and backward over the microbatches of a step that this rank's `reader` reads, on the CPU; `collect`
+        is called at the end. Returns the sums of loss, main loss, balance loss and the MTP modules' losses over all
+        ranks, `[3 + modules]`."""
         parts = []
         totals = Totals.of(microbatches, self._everywhere)
         for micro in microbatches:
