@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -32,8 +33,11 @@ class Batches:
     takes the batches step·R + r. Sequences are documents, cut at `max_len` and at the edges of the batch.
     """
 
-    def __init__(self, split: Split, tokens: int, max_len: int, seed: int, shuffle: bool = True) -> None:
-        """Raises ValueError if `tokens` or `max_len` is below 1, or `seed` is not an unsigned 64-bit number."""
+    def __init__(self, split: Split, tokens: int, max_len: int, seed: int, shuffle: bool = True, kept: int = 2) -> None:
+        """`kept`: the orders of so many epochs, the last that were asked for, stay in memory, 16 bytes a document each.
+
+        Raises ValueError if `tokens` or `max_len` is below 1, or `seed` is not an unsigned 64-bit number.
+        """
         _check(tokens, max_len)
         if not 0 <= seed < 2**64:
             raise ValueError(f"seed {seed}: expected 0 to 2**64 - 1")
@@ -42,7 +46,7 @@ class Batches:
         self.max_len = max_len
         self.seed = seed
         self.shuffle = shuffle
-        self._epochs: dict[int, _Epoch] = {}
+        self._epoch = lru_cache(maxsize=kept)(self._make_epoch)  # other threads may ask, too
 
     def batch(self, step: int) -> Batch:
         """Batch number `step`, from 0. Raises ValueError if it is negative."""
@@ -67,15 +71,6 @@ class Batches:
                 step += 1
                 ahead = thread.submit(self.batch, step)
                 yield batch
-
-    def _epoch(self, number: int) -> _Epoch:
-        known = self._epochs.get(number)
-        if known is None:
-            known = self._make_epoch(number)
-            # The one before stays, for the batch across the border; put in place whole, for other threads' sake.
-            before = {n: epoch for n, epoch in self._epochs.items() if n == number - 1}
-            self._epochs = before | {number: known}
-        return known
 
     def _make_epoch(self, number: int) -> _Epoch:
         count = self.split.documents
@@ -107,15 +102,11 @@ def _check(tokens: int, max_len: int) -> None:
 
 def _pieces(split: Split, epoch: _Epoch, begin: int, stop: int) -> list[np.ndarray]:
     """The tokens [begin, stop) of an epoch, a piece a document."""
-    pieces = []
-    place = int(np.searchsorted(epoch.ends, begin, side="right"))
-    while begin < stop:
-        document = split.document(int(epoch.order[place]))
-        end = int(epoch.ends[place])
-        start = end - len(document)
-        pieces.append(document[begin - start : min(stop, end) - start])
-        begin = end
-        place += 1
+    first, last = np.searchsorted(epoch.ends, (begin, stop - 1), side="right").tolist()
+    pieces = [split.document(i) for i in epoch.order[first : last + 1].tolist()]
+    after = int(epoch.ends[last]) - stop  # tokens of the last document; cut first, in case it is the first one, too
+    pieces[-1] = pieces[-1][: len(pieces[-1]) - after]
+    pieces[0] = pieces[0][begin - (int(epoch.ends[first]) - int(split.lengths[epoch.order[first]])) :]
     return pieces
 
 

@@ -43,14 +43,15 @@ class Packing:
         """The packing of whole sequences, without a cache. Raises ValueError unless `lengths` sum to T."""
         if isinstance(lengths, Packing):
             return lengths
-        sizes = [int(n) for n in lengths]
+        sizes = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
         if tokens.ndim != 1 or sum(sizes) != tokens.shape[0] or min(sizes, default=0) < 0:
             raise ValueError(
                 f"tokens {list(tokens.shape)} and lengths {sizes[:8]}{'...' if len(sizes) > 8 else ''} "
                 f"(sum {sum(sizes)}): expected flat tokens [T] and lengths of 0 or more that sum to T"
             )
         cu_seqlens = cumulative(sizes)
-        positions = torch.cat([torch.arange(n) for n in sizes]) if sizes else torch.zeros(0, dtype=torch.int64)
+        total, counts = tokens.shape[0], torch.tensor(sizes, dtype=torch.int64)
+        positions = torch.arange(total) - cu_seqlens[:-1].long().repeat_interleave(counts, output_size=total)
         return Packing(cu_seqlens.to(tokens.device), positions.to(tokens.device), max(sizes, default=0))
 
     @staticmethod

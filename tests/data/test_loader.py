@@ -68,6 +68,15 @@ def test_a_batch_depends_on_its_step_alone(lengths, tokens, steps):
         assert torch.equal(batch.tokens, fresh.tokens) and batch.lengths == fresh.lengths
 
 
+@settings(deadline=None, max_examples=60)
+@given(sizes, st.integers(1, 90), st.integers(1, 3), st.lists(st.integers(0, 60), max_size=12))
+def test_the_orders_that_are_kept_change_nothing(lengths, tokens, kept, steps):
+    few, many = (Batches(split_of(lengths), tokens, 16, 7, kept=n) for n in (kept, 100))
+    for step in steps:
+        a, b = few.batch(step), many.batch(step)
+        assert torch.equal(a.tokens, b.tokens) and a.lengths == b.lengths
+
+
 @settings(deadline=None, max_examples=100)
 @given(sizes, st.integers(1, 3), st.integers(1, 90), st.integers(1, 50))
 def test_validation_covers_every_token_once_in_order(lengths, shards, tokens, max_len):
