@@ -43,7 +43,7 @@ class Packing:
         """The packing of whole sequences, without a cache. Raises ValueError unless `lengths` sum to T."""
         if isinstance(lengths, Packing):
             return lengths
-        sizes = [int(n) for n in (lengths.tolist() if isinstance(lengths, Tensor) else lengths)]
+        sizes = [int(n) for n in lengths]
         if tokens.ndim != 1 or sum(sizes) != tokens.shape[0] or min(sizes, default=0) < 0:
             raise ValueError(
                 f"tokens {list(tokens.shape)} and lengths {sizes[:8]}{'...' if len(sizes) > 8 else ''} "
