@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from statistics import median
-from typing import get_args
 
 import torch
 
-from abyssal.bench.train_rows import Later, Measured, Row, Shape, attempt, timed
+from abyssal.bench.train_rows import Later, Measured, Row, Shape, alike, attempt, timed
 from abyssal.data import Batch
 from abyssal.data.shards import TokenSet
 from abyssal.model.objective import Microbatch
@@ -25,14 +24,14 @@ from abyssal.train.config import TrainConfig
 from abyssal.train.trainer import Trainer
 
 SHORTEST = 16  # of the packed documents
+RECOMPUTE = ("cheap", "up", "attention", "experts", "block")  # see abyssal.train.recompute
 AHEAD = 8  # different batches that a row goes round; more would only take the host's memory
 
 
 def variants() -> list[str]:
-    """All there are, with what TrainConfig offers today."""
-    modes = [mode for mode in get_args(TrainConfig.model_fields["recompute"].annotation) if mode != "none"]
+    """All there are, with what TrainConfig offers."""
     fp8 = ["fp8"] if "fp8" in TrainConfig.model_fields else []
-    return ["base", "mtp", "accumulated", *(f"recompute {mode}" for mode in modes), *fp8]
+    return ["base", "mtp", "accumulated", *(f"recompute {mode}" for mode in RECOMPUTE), *fp8]
 
 
 def even(shape: Shape, draw: random.Random) -> list[int]:
@@ -113,20 +112,20 @@ def run(shape: Shape, variant: str) -> None:
 
 def _packed(trainer: Trainer, shape: Shape, row: Row) -> Measured:
     batches = microbatches(shape, uneven, 0)
-    row.note = f"documents of {shape.tokens * len(batches) / sum(map(_sequences, batches)):.0f} tokens in the mean"
+    _describe(row, batches)
     return timed(stepping(trainer, batches), shape.warm, shape.steps, shape.device)
 
 
 def _from_memory(trainer: Trainer, shape: Shape, row: Row) -> Measured:
     """What `_from_disk` takes, read before."""
     batches = [micro for number in range(shape.warm + shape.steps) for micro in trainer.lanes.step(number + 1)]
-    mean = shape.tokens * len(batches) / sum(map(_sequences, batches))
-    row.note = f"Python's standard library, documents and their pieces of {mean:.0f} tokens in the mean"
+    _describe(row, batches)
     return timed(stepping(trainer, batches), shape.warm, shape.steps, shape.device)
 
 
 def _from_disk(trainer: Trainer, shape: Shape, row: Row) -> Measured:
     """Steps on what the loader reads meanwhile."""
+    row.context = alike(_lengths(trainer.lanes.step(1)))
     row.note = "the same, read meanwhile"
     with closing(trainer.lanes.following(0)) as stream:
         return timed(lambda i: _step(trainer, next(stream)), shape.warm, shape.steps, shape.device)
@@ -143,8 +142,15 @@ def _loader(trainer: Trainer, shape: Shape, row: Row) -> Measured:
     return Measured(median(times[shape.warm :]) * 1e3, None, None)
 
 
-def _sequences(micro: Microbatch) -> int:
-    return len(micro.packing.cu_seqlens) - 1
+def _describe(row: Row, batches: Sequence[Microbatch]) -> None:
+    lengths = _lengths(batches)
+    row.context = alike(lengths)
+    row.note = f"documents and pieces of {sum(lengths) / len(lengths):.0f} tokens in the mean"
+
+
+def _lengths(batches: Sequence[Microbatch]) -> list[int]:
+    """Of the packed sequences."""
+    return [n for micro in batches for n in micro.packing.cu_seqlens.diff().tolist()]
 
 
 if __name__ == "__main__":

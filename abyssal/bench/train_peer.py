@@ -82,7 +82,7 @@ def _torchtitan(shape: Shape, mode: str, row: Row) -> Measured:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with torch.device(shape.device):
+        with torch.device(shape.device), torch.no_grad():
             model = DeepSeekV3Model(_titan_arguments(shape))
             model.init_weights(torch.device(shape.device))
     finally:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from abyssal.bench.train import REFERENCE, TrainReport
+from abyssal.bench.train_report import REFERENCE, TrainReport
 
 COLOURS = {"abyssal": "#1f4e79", "transformers": "#b9b9b9", "torchtitan": "#8c8c8c"}
 ASKED = {"tokens a second": 170_000, "peak memory, GiB": 45}  # of the reference shape on an H100
@@ -27,6 +27,7 @@ def draw(report: TrainReport, path: Path) -> None:
         axes.bar_label(bars, [format(v, form) if v else "failed" for v in values], padding=3, fontsize=8)
         axes.set_xlabel(what)
         axes.margins(x=0.18)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.spines[["top", "right"]].set_visible(False)
         if report.shape.model == REFERENCE and report.gpu:
             axes.axvline(ASKED[what], color="#c0392b", lw=1.2, ls="--")

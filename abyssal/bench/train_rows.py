@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -65,6 +65,7 @@ class Row:
     step_ms: float | None = None  # the median
     memory_gib: float | None = None  # at its peak: allocated on the GPU; resident on a CPU
     loss: float | None = None  # of the last step, nats a token; on random tokens about ln(vocabulary)
+    context: int = 0  # tokens of equal sequences that would cost as much attention; 0: the shape's
     failure: str = ""
     note: str = ""
 
@@ -87,10 +88,26 @@ class Flops(NamedTuple):
     def of(shape: Shape) -> "Flops":
         """6·P + 3·2·H·(N + R + V)·(L + 1)/2 a layer: P the parameters that multiply a token, the K chosen experts'
         and the head's among them, and not the embedding's, which are looked up; L the sequence's tokens, which see
-        (L + 1)/2 of each other in the mean. It is `abyssal.costs`' count; packed documents do less of the second.
+        (L + 1)/2 of each other in the mean. It is `abyssal.costs`' count.
         """
-        one = inspect(shape.config(1), shape.sequence).flops
+        return Flops.at(shape, shape.sequence)
+
+    @staticmethod
+    def at(shape: Shape, context: int) -> "Flops":
+        """Of sequences of `context` tokens."""
+        one = inspect(shape.config(1), context).flops
         return Flops(one.training, one.training + one.training_mtp)
+
+
+def alike(lengths: Iterable[int]) -> int:
+    """The length L of equal sequences whose attention costs a token what these sequences' does: Σ n(n + 1) / Σ n is
+    L + 1. Raises ValueError if there are none."""
+    squares = total = 0
+    for n in lengths:
+        squares, total = squares + n * n, total + n
+    if not total:
+        raise ValueError("lengths: expected at least one token")
+    return round(squares / total)
 
 
 class Measured(NamedTuple):
