@@ -44,6 +44,7 @@ class Microbatch:
     totals: list[float]  # a depth: Σ weights
     sequences: list[int]  # a depth: sequences of more than d tokens, which are those it routes
     spans: Sequences | None = None  # which sequence each token is of, where the packing does not say it
+    cut_from: int | None = None  # tokens of the batch that this is a piece of; totals and sequences are that batch's
 
     @staticmethod
     def of(batch: Packed, modules: int) -> "Microbatch":
@@ -199,7 +200,7 @@ def balance_losses(
             share = micro.sequences[d] / totals.sequences[d]
             total = total + scales.sequence_balance * share * sequence_balance_loss(routing, spans, live, whole)
         if scales.auxiliary_balance:
-            share = micro.tokens.shape[0] / totals.tokens
+            share = (micro.cut_from or micro.tokens.shape[0]) / totals.tokens
             total = total + scales.auxiliary_balance * share * auxiliary_loss(routing, live, whole)
     return total
 

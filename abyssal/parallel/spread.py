@@ -11,9 +11,11 @@ from torch.distributed.tensor import DTensor
 from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Microbatch, Objective, Totals
 from abyssal.model.transformer import Transformer
+from abyssal.parallel.context import spread_context
 from abyssal.parallel.cut import cut
 from abyssal.parallel.mesh import DATA, STAGE, Mesh
 from abyssal.parallel.shard import Split, Splits, shard
+from abyssal.parallel.tensor import spread_tensor
 
 
 class Piece(NamedTuple):
@@ -42,6 +44,11 @@ class Spread:
         if dtype == torch.float64:
             model.to(dtype)
         self.splits: Splits = {}
+        if mesh.shape.cp > 1:
+            spread_context(model, mesh)
+        if mesh.shape.tp > 1:
+            self.splits |= spread_tensor(model, mesh)  # around what context parallel made of attention
+        mesh.group("cp", "tp")  # made now: all ranks must take part, and stages come to `_whole` at other times
         wrap(model)
         self.objective = Objective(model, self._whole)
         blocks = [*model.layers, *(module.block for module in model.mtp)]
