@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from abyssal.config import ConfigError, ModelConfig
+from abyssal.train.recompute import parse as parse_operations
 
 SAVED = "train.json"  # the configuration in the run's folder
 
@@ -67,7 +68,7 @@ class TrainConfig(BaseModel):
     seed: Whole = 0
     device: str | None = None  # None: "cuda" if there is one, else "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] | None = None  # None: bfloat16 on GPUs, float32 on CPUs
-    recompute: Literal["none", "block"] = "none"
+    recompute: str = "none"  # "none", "block", or operations: "up,attention" (see abyssal.train.recompute)
     compile: bool = False
 
     # Over how many devices, under torchrun, and how: none of it alters the curve but in its last bits.
@@ -81,6 +82,8 @@ class TrainConfig(BaseModel):
     validation_tokens: Count = 65536  # at most so many of the validation split, from its beginning
     save_every: Count = 500
     keep_states: Count = 2
+    track: list[Literal["tensorboard", "trackio", "wandb"]] = []  # told to these as well
+    profile: bool = False  # a few early steps, into out/profile
 
     @classmethod
     def read(cls, file: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -123,6 +126,7 @@ class TrainConfig(BaseModel):
                 f"{where}: warmup_steps: {config.warmup_steps} and a decay over {config.decay_fraction:g} of "
                 f"{config.steps} steps do not fit into the run"
             )
+        parse_operations(config.recompute)
         for key in config.model_overrides:
             _known(key, [f.name for f in dataclasses.fields(ModelConfig) if f.name != "source"], where, "model.")
         return config

@@ -13,13 +13,12 @@ from abyssal.ops.startup import announced
 from abyssal.train.config import SAVED, TrainConfig
 from abyssal.train.corpus import open_corpus
 from abyssal.train.diagnose import NotFinite
-from abyssal.train.metrics import Metrics, Record, read_metrics
+from abyssal.train.metrics import Record, read_metrics
 from abyssal.train.picture import draw_curves
-from abyssal.train.progress import Display
-from abyssal.train.schedule import bias_speed, learning_rate, mtp_weight
 from abyssal.train.signals import StopSignals
 from abyssal.train.state import newest_state, prune_states, read_trainer, state_folder
-from abyssal.train.trainer import Step, Trainer
+from abyssal.train.tell import Teller
+from abyssal.train.trainer import Trainer
 from abyssal.train.validation import Validator
 from abyssal.train.wrap import unwrapped
 
@@ -105,18 +104,15 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
     states.mkdir(exist_ok=True)
     prune_states(states, config.keep_states)
     validator = Validator(trainer.token_set, config.validation_tokens, config.batch_tokens, config.sequence)
-    metrics = Metrics(config.out / METRICS, trainer.done)
-    display = Display(console, config.steps, trainer.done)
-    step_tokens = config.batch_tokens * config.accumulate
-    since = (trainer.done, trainer.seconds)
+    teller = Teller(trainer, config.out / METRICS, console)
 
     def save() -> None:
-        metrics.sync()
+        teller.metrics.sync()
         trainer.save(state_folder(states, trainer.done))
         prune_states(states, config.keep_states)
 
     try:
-        with StopSignals() as stop, trainer.stream() as stream, display, announced(console.print):
+        with StopSignals() as stop, trainer.stream() as stream, teller, announced(console.print):
             while trainer.done < config.steps and stop.received is None:
                 start = time.perf_counter()
                 step = trainer.step(next(stream))
@@ -128,17 +124,9 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
                     trainer.check()  # the only place where the host waits for a GPU
                 trainer.seconds += time.perf_counter() - start
                 if tells:
-                    elapsed = trainer.seconds - since[1]
-                    speed = (trainer.done - since[0]) * step_tokens / max(elapsed, 1e-9)
-                    since = (trainer.done, trainer.seconds)
-                    record = _record(trainer, step, speed)
-                    if validates:
-                        measured = validator.measure(trainer.model, trainer.device)
-                        record["validation"] = measured.to_dict()
-                    metrics.write(record)
-                    display.show(record, (config.steps - trainer.done) * step_tokens / speed)
-                else:
-                    display.advance(trainer.done)
+                    measured = validator.measure(trainer.model, trainer.device) if validates else None
+                    teller.tell(step, measured)
+                teller.advance()
                 if saves:
                     save()
             if trainer.done < config.steps and newest_state(states) != state_folder(states, trainer.done):
@@ -149,28 +137,7 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
         trainer.save(saved)
         raise NotFinite(f"{error}. The state before this step is in {saved}") from None
     finally:
-        metrics.close()
-
-
-def _record(trainer: Trainer, step: Step, speed: float) -> Record:
-    config, number = trainer.config, trainer.done
-    return {
-        "step": number,
-        "tokens": number * config.batch_tokens * config.accumulate,
-        "loss": step.loss,
-        "main_loss": step.main_loss,
-        "mtp_losses": step.mtp_losses,
-        "balance_loss": step.balance_loss,
-        "grad_norm": step.grad_norm,
-        "lr": learning_rate(config, number),
-        "mtp_weight": mtp_weight(config, number),
-        "bias_speed": bias_speed(config, number),
-        "grad_norms": step.grad_norms,
-        "max_violation": step.max_violation,
-        "tokens_per_second": speed,
-        "seconds": trainer.seconds,
-        "validation": None,
-    }
+        teller.close()
 
 
 def _tell(config: TrainConfig, console: Console) -> None:

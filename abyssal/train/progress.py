@@ -48,9 +48,13 @@ class Display:
             self._validation = f"  valid {validation['bits_per_byte']:.3f} bits/B"
         load = record["max_violation"]
         balance = f"  load +{sum(load) / len(load):.2f}/+{max(load):.2f}" if load else ""
+        mfu, memory, dropped = record["mfu"], record["memory_gib"], record["tokens_dropped"]
+        used = f"  {dropped} dropped" if dropped else ""
+        used += "" if mfu is None else f"  mfu {mfu:.1%}"
+        used += "" if memory is None else f"  {memory:.1f} GiB"
         text = (
             f"loss {record['main_loss']:.3f}{self._validation}  {record['tokens_per_second']:,.0f} tok/s{balance}"
-            f"  lr {record['lr']:.1e}"
+            f"{used}  norm {record['grad_norm']:.2f}  lr {record['lr']:.1e}  epoch {record['epoch']:.2f}"
         )
         self._progress.update(self._task, description=text, completed=record["step"])
         if not self.console.is_terminal or validation is not None:

@@ -29,21 +29,26 @@ from abyssal.train.state import load_state, read_trainer, save_state
 from abyssal.train.wrap import wrap_blocks
 
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
-FREE = {"log_every", "save_every", "keep_states", "out", "data", "tokenizer", "model", "model_overrides"}
+FREE = {
+    "log_every", "save_every", "keep_states", "out", "data", "tokenizer", "model", "model_overrides", "track",
+    "profile", "mesh", "reshard", "schedule",
+}  # fmt: skip
 DATA_KEYS = ("source_sha256", "tokenizer_sha256", "validation", "shard_tokens", "seed")
 
 
 class Step:
     """What one optimizer step came to. Its numbers stay on the device until one of them is read, all at once."""
 
-    def __init__(self, sums: Tensor, norms: Tensor, violation: Tensor) -> None:
+    def __init__(self, sums: Tensor, norms: Tensor, violation: Tensor, idlest: Tensor, picks: Tensor) -> None:
         self._sums = sums  # loss, main, balance, then the MTP modules'
         self._norms = norms  # of the gradient before clipping, by PARTS, and over all of it
         self._violation = violation  # [gates] float64
+        self._idlest = idlest  # [gates] float64
+        self._picks = picks  # [gates] int64
 
     @cached_property
     def _read(self) -> list[float]:
-        pieces = (self._sums, self._norms, self._violation)
+        pieces = (self._sums, self._norms, self._violation, self._idlest, self._picks)
         numbers: list[float] = torch.cat([t.double() for t in pieces]).tolist()
         return numbers
 
@@ -80,7 +85,21 @@ class Step:
     @property
     def max_violation(self) -> list[float]:
         """MaxVio of every gate, in the order of `Transformer.gates`."""
-        return self._read[len(self._sums) + len(self._norms) :]
+        return self._of_gates(0)
+
+    @property
+    def idlest_load(self) -> list[float]:
+        """The load of every gate's idlest expert, in mean loads."""
+        return self._of_gates(1)
+
+    @property
+    def picks(self) -> list[int]:
+        """How often every gate picked an expert: its tokens times K, if it dropped none."""
+        return [int(x) for x in self._of_gates(2)]
+
+    def _of_gates(self, which: int) -> list[float]:
+        gates, start = len(self._violation), len(self._sums) + len(self._norms)
+        return self._read[start + which * gates : start + (which + 1) * gates]
 
 
 def resolve_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
@@ -129,6 +148,11 @@ class Trainer:
         # The first step whose loss or gradient was not finite, 0 if there was none: from then on nothing is changed.
         self._bad = torch.zeros((), dtype=torch.int64, device=self.device)
 
+    @property
+    def ranks(self) -> int:
+        """Devices that the run computes on."""
+        return MeshShape.parse(self.config.mesh).ranks
+
     @contextmanager
     def stream(self) -> Iterator[Iterator[list[Microbatch]]]:
         """The microbatches of step `done + 1` and of all that follow, read ahead, on the CPU."""
@@ -145,15 +169,16 @@ class Trainer:
         self._bad = torch.where((self._bad == 0) & bad, number, self._bad)
         stopped = (self._bad > 0).float()
         self.optimizer.update(learning_rate(self.config, number), norms[-1], stopped)
-        violation = torch.zeros(0, device=self.device)
-        if self.balance.gates:
-            self.spread.add_up(self.balance.counts)
-            speed = bias_speed(self.config, number) * (1 - stopped)
-            violation = self.spread.of_all_gates(self.balance.update(speed))
+        self.spread.add_up(self.balance.counts)
+        counts = self.balance.counts.double()
+        picks = self.balance.counts.sum(-1)
+        idlest = counts.amin(-1) / counts.mean(-1).clamp(min=1e-9)
+        violation = self.balance.update(bias_speed(self.config, number) * (1 - stopped))
+        of_gates = [self.spread.of_all_gates(x) for x in (violation, idlest, picks)]
         self.done = number
         if self.device.type == "cpu":
             self.check(microbatches)
-        return Step(sums, norms, violation)
+        return Step(sums, norms, *of_gates)
 
     def check(self, microbatches: Sequence[Microbatch] | None = None) -> None:
         """Raises NotFinite, the state being that before the step, if a step so far had a loss or a gradient that is not

@@ -2,28 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
+from abyssal.train.recompute import parse, recomputing
 
 
 def wrap_blocks(model: Transformer, config: TrainConfig) -> None:
-    """Lets each block run as the configuration says: compiled, and forgetting its activations until they are needed.
-
-    Nothing in a block is random, so recomputation need not restore the random state.
-    """
+    """Lets each block run as the configuration says: compiled, and forgetting what is to be recomputed."""
+    operations = parse(config.recompute)
     for block in _blocks(model):
         forward: Any = block.forward
         if config.compile:
             forward = torch.compile(forward)
-        if config.recompute == "block":
-            forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+        forward = recomputing(forward, operations, model.config)
         if forward != block.forward:
             block.__dict__["forward"] = forward
 
