@@ -27,9 +27,10 @@ def fp8_train_linear(x: Tensor, weight: Tensor, path: str | None = None) -> Tens
     Paths: "reference" (rounded to FP8 and back, then multiplied in x's dtype; any device) and "fp8" (bf16 x on Hopper,
     CUDA 12.9 or later). None chooses "fp8" where it can be. Relative error of a product of normal numbers: 0.037.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    by = _Reference if _path(x, path) == "reference" else _Linear
-    return _applied(by, rows, weight).view(*x.shape[:-1], weight.shape[0])
+    if x.ndim != 2:
+        return fp8_train_linear(x.reshape(-1, x.shape[-1]), weight, path).view(*x.shape[:-1], weight.shape[0])
+    by: Any = _Reference if _path(x, path) == "reference" else _Linear
+    return cast(Tensor, by.apply(x, weight, _learns(weight)))
 
 
 def fp8_train_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, path: str | None = None) -> Tensor:
@@ -38,10 +39,11 @@ def fp8_train_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, path: str | Non
     Paths as in `fp8_train_linear`. In "fp8", with D and F multiples of 128, w1 and w3 are one product and share x as it
     was rounded; what lies between the products, and its gradient, is in memory only as it was rounded.
     """
+    if x.ndim != 2:
+        return fp8_train_mlp(x.reshape(-1, x.shape[-1]), w1, w2, w3, path).view(x.shape)
     path = _path(x, path)
     if path == "fp8" and not any(size % BLOCK for size in w1.shape):
-        rows = x.reshape(-1, x.shape[-1])
-        return cast(Tensor, _MLP.apply(rows, w1, w2, w3, _learns(w1, w2, w3))).view(x.shape)
+        return cast(Tensor, _MLP.apply(x, w1, w2, w3, _learns(w1, w2, w3)))
     a, b = (fp8_train_linear(x, w, path) for w in (w1, w3))
     return fp8_train_linear(silu(a) * b, w2, path)
 
@@ -78,10 +80,6 @@ def _path(x: Tensor, path: str | None) -> str:
 
 def _learns(*weights: Tensor) -> bool:
     return torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-
-
-def _applied(by: Any, x: Tensor, weight: Tensor) -> Tensor:
-    return cast(Tensor, by.apply(x, weight, _learns(weight)))
 
 
 class _Reference(torch.autograd.Function):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from abyssal.model.layers import MLP, Linear
 from abyssal.model.packing import Packing
+from abyssal.model.positions import rotary
 from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8 import dequantize, quantize
 from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp, round_blocks, round_rows
@@ -225,3 +226,35 @@ def test_what_is_saved_is_the_same_and_it_can_be_taken_back(tmp_path) -> None:
     assert type(again.layers[0].ffn) is MLP
     one, other = gradients(plain), gradients(again)
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def alone_in_a_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_sharded_blocks_compute_the_same(alone_in_a_group) -> None:
+    """FSDP2 makes a class of each class that it shards, and hands the maps whole weights, here rounded to bf16."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, sharded = model_of().bfloat16(), model_of()
+    mesh = init_device_mesh("cpu", (1,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for m in (model, sharded):
+        apply_fp8(m)
+    for block in sharded.layers:
+        for part in (block.ffn, block):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    x = normal(9, 128, seed=3, dtype=torch.bfloat16)
+    packing = Packing.of([4, 5], torch.zeros(9))
+    angles = rotary(model.config, packing.positions)
+    outs = [m.layers[0](x, angles, packing)[0] for m in (model, sharded)]
+    for out in outs:
+        out.square().sum().backward()
+    assert torch.equal(*outs)
+    for name, p in model.layers[0].named_parameters():
+        own = sharded.layers[0].get_parameter(name)
+        assert torch.equal(own.grad.full_tensor().bfloat16(), p.grad), name
