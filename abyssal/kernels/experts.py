@@ -3,7 +3,8 @@
 Rows are kept in the order of their experts. Forward: hidden = weight · silu(x w1) · (x w3), x's rows gathered while
 they are loaded; hidden w2 row by row; each token adds up its K rows. Backward: the products of `experts_gradients`,
 then dx = da w1 + db w3 row by row and the same sum. Nothing is added atomically: results repeat bit by bit. Kept for
-the backward pass are x, the order, and the two inner products `[2, N, F]`, N = T·K.
+the backward pass are x, the order, and the two inner products `[2, N, F]`. N = T·K, or the number of choices where
+the host knows that some indices are none.
 """
 
 from functools import cache
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from abyssal.kernels.experts_gradients import hidden_kernel, weights_kernel
 from abyssal.kernels.experts_products import PIECE, rows_kernel
+from abyssal.kernels.experts_rows import clear_behind, sum_parts, sum_rows
 from abyssal.kernels.experts_sort import Order, order_by_expert
 
 GROUP = 16  # row tiles that share a weight tile while it is in L2: 16 · 128 rows beside 8 · 256 columns, about a wave
@@ -33,46 +34,6 @@ def _view(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """`t`, as a matrix of its last dimension, in boxes of `[rows, columns]` for the copy engine."""
     height, width = t.numel() // t.shape[-1], t.shape[-1]
     return TensorDescriptor(t, [height, width], [width, 1], [rows, columns], PIECE.value)
-
-
-@triton.jit
-def _sum_rows(rows, place, plus, y, D, K: tl.constexpr, BLOCK: tl.constexpr, PLUS: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros([BLOCK], tl.float32)
-    if PLUS:
-        total += tl.load(plus + token * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    for k in tl.static_range(K):
-        row = tl.load(place + token * K + k).to(tl.int64)
-        total += tl.load(rows + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    tl.store(y + token * D + columns, total.to(y.dtype.element_ty), mask=columns < D)
-
-
-@triton.jit
-def _sum_parts(parts, place, out, N, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(place + at, mask=at < N, other=0)
-    total = tl.zeros([BLOCK], tl.float32)
-    for i in tl.static_range(PARTS):
-        total += tl.load(parts + i * N + row, mask=at < N, other=0.0)
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < N)
-
-
-def sum_rows(rows: Tensor, place: Tensor, tokens: int, plus: Tensor | None = None) -> Tensor:
-    """`[T, D]`: each token's K rows of `[N, D]`, added in float32 in the order of its choices, to `plus [T, D]`."""
-    D, chosen = rows.shape[1], rows.shape[0] // tokens
-    y = torch.empty(tokens, D, dtype=rows.dtype, device=rows.device)
-    block = min(2048, triton.next_power_of_2(D))
-    more = rows if plus is None else plus.contiguous()
-    _sum_rows[(tokens, triton.cdiv(D, block))](rows, place, more, y, D, chosen, block, plus is not None)
-    return y
-
-
-def sum_parts(parts: Tensor, place: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[N]`: the sum of `parts [P, N]`, back in the order of the choices."""
-    out = torch.empty(place.shape, dtype=dtype, device=place.device)
-    _sum_parts[(triton.cdiv(place.numel(), 1024),)](parts, place, out, place.numel(), parts.shape[0], 1024)
-    return out
 
 
 def up_product(x: Tensor, w1: Tensor, w3: Tensor, order: Order, keep: bool) -> tuple[Tensor, Tensor]:
@@ -111,7 +72,9 @@ def input_product(da: Tensor, db: Tensor, w1: Tensor, w3: Tensor, order: Order) 
 
 
 def hidden_product(dy: Tensor, w2: Tensor, kept: Tensor, order: Order) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """da, db, hidden `[N, F]`, and parts of the weights' gradients `[⌈F / 256⌉, N]` float32."""
+    """da, db, hidden `[N, F]`, and parts of the weights' gradients `[⌈F / 256⌉, N]` float32. Where rows are left
+    behind the last choice's, the first 64 are zero: sums over an expert's rows read whole steps, and multiply by zero
+    what isn't of it."""
     (_, D, F), N = w2.shape, kept.shape[1]
     da, db, hidden = (dy.new_empty(N, F) for _ in range(3))
     parts = torch.empty(triton.cdiv(F, 256), N, dtype=torch.float32, device=dy.device)
@@ -120,6 +83,7 @@ def hidden_product(dy: Tensor, w2: Tensor, kept: Tensor, order: Order) -> tuple[
         _view(db, 64, 64), db, _view(hidden, 64, 64), hidden, parts, N, order.weight, order.table, D // 8, F // 8,
         GROUP, STAGES, **OPTIONS,
     )  # fmt: skip
+    clear_behind(da, db, hidden, order.starts[-1:], 64)
     return da, db, hidden, parts
 
 
@@ -150,20 +114,20 @@ def _packed(order: Order) -> Tensor:
     return torch.cat([order.token, order.place, order.starts, order.table.flatten()])
 
 
-def _unpacked(integers: Tensor, weight: Tensor, experts: int) -> Order:
-    N = weight.numel()
-    token, place, starts, table = integers.split([N, N, experts + 1, integers.numel() - 2 * N - experts - 1])
+def _unpacked(integers: Tensor, weight: Tensor, experts: int, pairs: int) -> Order:
+    sizes = [weight.numel(), pairs, experts + 1]
+    token, place, starts, table = integers.split([*sizes, integers.numel() - sum(sizes)])
     return Order(token, weight, place, starts, table.view(-1, 4))
 
 
 @torch.library.custom_op("abyssal::grouped_experts", mutates_args=())
 def _forward(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, keep: bool
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, rows: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, and with `keep` what the backward pass needs: inner products, the order's integers, its weights."""
-    order = order_by_expert(indices, weights, w1.shape[0])
+    order = order_by_expert(indices, weights, w1.shape[0], rows)
     hidden, kept = up_product(x, w1, w3, order, keep)
-    y = sum_rows(down_product(hidden, w2, order), order.place, x.shape[0])
+    y = sum_rows(down_product(hidden, w2, order), order.place.view(indices.shape))
     if not keep:
         return y, kept, order.token.new_empty(0), order.weight.new_empty(0)
     return y, kept, _packed(order), order.weight
@@ -171,11 +135,11 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, keep: bool
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, rows: int, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     E, F, _ = w1.shape
-    N = indices.numel() if keep else 0
-    integers = 2 * N + E + 1 + 4 * ((N + 127) // 128 + E + 1) if keep else 0
+    N = rows if keep else 0
+    integers = N + indices.numel() + E + 1 + 4 * ((N + 127) // 128 + E + 1) if keep else 0
     kept = x.new_empty(2, N, F)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
@@ -188,55 +152,61 @@ def _(
 @torch.library.custom_op("abyssal::grouped_experts_backward", mutates_args=())
 def _backward(
     dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kept: Tensor, integers: Tensor, weight: Tensor,
-    dtype: torch.dtype,
+    chosen: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    order = _unpacked(integers, weight, w1.shape[0])
+    order = _unpacked(integers, weight, w1.shape[0], x.shape[0] * chosen)
     dy = dy.contiguous()
     da, db, hidden, parts = hidden_product(dy, w2, kept, order)
     d_weights = sum_parts(parts, order.place, dtype).view(x.shape[0], -1)
     dw2 = outer_weights_product(dy, hidden, order)
     del hidden, parts
     dw1, dw3 = inner_weights_product(x, da, db, order)
-    dx = sum_rows(input_product(da, db, w1, w3, order), order.place, x.shape[0])
+    dx = sum_rows(input_product(da, db, w1, w3, order), order.place.view(-1, chosen))
     return dx, dw1, dw2, dw3, d_weights
 
 
 @_backward.register_fake
 def _(
     dy: Tensor, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, kept: Tensor, integers: Tensor, weight: Tensor,
-    dtype: torch.dtype,
+    chosen: int, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, dw1, dw2, dw3 = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, w1, w2, w3))
-    return dx, dw1, dw2, dw3, weight.new_empty(x.shape[0], weight.numel() // x.shape[0], dtype=dtype)
+    return dx, dw1, dw2, dw3, weight.new_empty(x.shape[0], chosen, dtype=dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w1, w2, w3, _, weights, _ = inputs
+    x, w1, w2, w3, _, weights, *_ = inputs
     _, kept, integers, weight = output
     ctx.save_for_backward(x, w1, w2, w3, kept, integers, weight)
-    ctx.dtype = weights.dtype
+    ctx.chosen, ctx.dtype = weights.shape[1], weights.dtype
     ctx.mark_non_differentiable(kept, integers, weight)
 
 
 def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    dx, dw1, dw2, dw3, d_weights = torch.ops.abyssal.grouped_experts_backward(dy, *ctx.saved_tensors, ctx.dtype)
-    return dx, dw1, dw2, dw3, None, d_weights, None
+    dx, dw1, dw2, dw3, d_weights = torch.ops.abyssal.grouped_experts_backward(
+        dy, *ctx.saved_tensors, ctx.chosen, ctx.dtype
+    )
+    return dx, dw1, dw2, dw3, None, d_weights, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_keep)
 
 
-def grouped_experts(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def grouped_experts(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, choices: int | None = None
+) -> Tensor:
     """`[T, D]`: Σ_k weights[t, k] · w2(silu(w1 x_t) · w3 x_t), differentiable, on a Hopper GPU.
 
     `x [T, D]`, `w1`, `w3` `[E, F, D]`, `w2 [E, D, F]` contiguous bfloat16 or float16, D and F multiples of 8;
-    `indices [T, K]` integers in 0..E - 1, `weights [T, K]` floating. Experts may be uneven and empty.
+    `indices [T, K]` integers, no choice where outside 0..E - 1, `weights [T, K]` floating. Experts may be uneven and
+    empty. `choices`: how many choices there are (None: the host doesn't know; room is made for T·K).
     """
-    if not x.numel() or not indices.numel():
+    rows = indices.numel() if choices is None else choices
+    if not x.numel() or not rows:
         return x * 0 + weights.sum() * 0 + (w1.sum() + w2.sum() + w3.sum()) * 0
     x, w1, w2, w3 = (t.contiguous() for t in (x, w1, w2, w3))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, w2, w3, weights))
-    return _forward(x, w1, w2, w3, indices, weights, keep)[0]
+    return _forward(x, w1, w2, w3, indices, weights, rows, keep)[0]
 
 
 def grouped_experts_plus(
@@ -246,4 +216,4 @@ def grouped_experts_plus(
     x, w1, w2, w3 = (t.contiguous() for t in (x, w1, w2, w3))
     order = order_by_expert(indices, weights, w1.shape[0])
     hidden, _ = up_product(x, w1, w3, order, keep=False)
-    return sum_rows(down_product(hidden, w2, order), order.place, x.shape[0], plus)
+    return sum_rows(down_product(hidden, w2, order), order.place.view(indices.shape), plus)

@@ -16,13 +16,20 @@ TILE = 128  # rows of a tile
 
 
 class Order(NamedTuple):
-    """`N = T·K` rows in the order of their experts. Everything but `weight` is int32."""
+    """N rows in the order of their experts, at least as many as there are choices. Everything but `weight` is int32."""
 
     token: Tensor  # [N] the row's token
     weight: Tensor  # [N] float32, the row's weight
-    place: Tensor  # [N] the row of choice t * K + k
-    starts: Tensor  # [E + 1] each expert's first row; N at the end
+    place: Tensor  # [T·K] the row of choice t * K + k, -1 where that is none
+    starts: Tensor  # [E + 1] each expert's first row; the number of choices at the end
     table: Tensor  # [1 + ⌈N / 128⌉ + E, 4] first the number of row tiles, then each tile's expert, first row and end
+
+
+@triton.jit
+def _expert(indices, at, N, E):
+    """The choices' experts; -1 past the last choice, and where an index is no expert's."""
+    expert = tl.load(indices + at, mask=at < N, other=-1)
+    return tl.where((expert >= 0) & (expert < E), expert, -1).to(tl.int32)
 
 
 @triton.jit
@@ -31,7 +38,7 @@ def _count(indices, counts, N, E, EP: tl.constexpr, PART: tl.constexpr, CHUNK: t
     total = tl.zeros([EP], tl.int32)
     for i in range(0, CHUNK, PART):
         at = tl.program_id(0) * CHUNK + i + tl.arange(0, PART)
-        expert = tl.load(indices + at, mask=at < N, other=-1).to(tl.int32)
+        expert = _expert(indices, at, N, E)
         total += tl.sum((expert[:, None] == experts[None, :]).to(tl.int32), 0)
     tl.store(counts + tl.program_id(0) * EP + experts, total)
 
@@ -78,34 +85,38 @@ def _offsets(counts, starts, table, chunks, tiles, E, EP: tl.constexpr, PART: tl
 
 
 @triton.jit
-def _place(indices, weights, firsts, token, weight, place, N, K, EP: tl.constexpr, PART: tl.constexpr,
+def _place(indices, weights, firsts, token, weight, place, N, K, E, EP: tl.constexpr, PART: tl.constexpr,
            CHUNK: tl.constexpr):  # fmt: skip
     experts = tl.arange(0, EP)
     base = tl.load(firsts + tl.program_id(0) * EP + experts)
     for i in range(0, CHUNK, PART):
         at = tl.program_id(0) * CHUNK + i + tl.arange(0, PART)
-        live = at < N
-        own = tl.load(indices + at, mask=live, other=-1).to(tl.int32)[:, None] == experts[None, :]
+        expert = _expert(indices, at, N, E)
+        live = expert >= 0
+        own = expert[:, None] == experts[None, :]
         ones = own.to(tl.int32)
         row = tl.sum(tl.where(own, base[None, :] + tl.cumsum(ones, 0) - 1, 0), 1)
         base += tl.sum(ones, 0)
         tl.store(token + row, at // K, mask=live)
         tl.store(weight + row, tl.load(weights + at, mask=live).to(tl.float32), mask=live)
-        tl.store(place + at, row, mask=live)
+        tl.store(place + at, tl.where(live, row, -1), mask=at < N)
 
 
-def order_by_expert(indices: Tensor, weights: Tensor, experts: int) -> Order:
-    """The order of `indices [T, K]` (each in 0..experts - 1) and `weights [T, K]`, without a word to the host."""
+def order_by_expert(indices: Tensor, weights: Tensor, experts: int, rows: int | None = None) -> Order:
+    """The order of `indices [T, K]` and `weights [T, K]`, without a word to the host. An index outside 0..experts - 1
+    gets no row; there are `rows` rows, at least as many as choices (None: T·K), of which the last may be unused, and
+    hold anything."""
     N, chosen = indices.numel(), indices.shape[1]
-    chunks, tiles = -(-N // CHUNK), -(-N // TILE) + experts
+    rows = N if rows is None else rows
+    chunks, tiles = -(-N // CHUNK), -(-rows // TILE) + experts
     width = max(16, triton.next_power_of_2(experts))
     part = max(16, min(128, 8192 // width))
     flat = indices.contiguous()
     new = {"dtype": torch.int32, "device": indices.device}
     counts = torch.empty(chunks * width, **new)
     order = Order(
-        torch.empty(N, **new),
-        torch.empty(N, dtype=torch.float32, device=indices.device),
+        torch.empty(rows, **new),
+        torch.empty(rows, dtype=torch.float32, device=indices.device),
         torch.empty(N, **new),
         torch.empty(experts + 1, **new),
         torch.empty(tiles + 1, 4, **new),
@@ -113,6 +124,7 @@ def order_by_expert(indices: Tensor, weights: Tensor, experts: int) -> Order:
     _count[(chunks,)](flat, counts, N, experts, width, part, CHUNK)
     _offsets[(1,)](counts, order.starts, order.table, chunks, tiles, experts, width, part, TILE, num_warps=8)
     _place[(chunks,)](
-        flat, weights.contiguous(), counts, order.token, order.weight, order.place, N, chosen, width, part, CHUNK
-    )
+        flat, weights.contiguous(), counts, order.token, order.weight, order.place, N, chosen, experts, width, part,
+        CHUNK,
+    )  # fmt: skip
     return order

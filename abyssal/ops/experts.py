@@ -1,5 +1,6 @@
 """The routed experts: each token's K gated MLPs, weighted and summed (DeepSeek-V3, equation 12)."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,11 +18,16 @@ FEW_READ = 960
 
 
 def experts(
-    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, path: str | None = None
-) -> Tensor:
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, path: str | None = None,
+    choices: int | None = None,
+) -> Tensor:  # fmt: skip
     """`[T, D]`: Σ_k weights[t, k] · w2(silu(w1 x_t) · w3 x_t) with the weights of expert indices[t, k].
 
     `x [T, D]`, `w1`, `w3` `[E, F, D]`, `w2 [E, D, F]`, `indices [T, K]` int64, `weights [T, K]` of any float dtype.
+
+    An index outside 0..E - 1 is no choice: it adds nothing, and its weight's gradient is 0. `choices`: how many indices
+    are choices, where the caller knows it and it isn't all of them; rows are then kept for so many. On "decode", which
+    doesn't look, indices may lie outside only where it is given.
 
     Paths: "reference" (every expert sees every token; any device and dtype), "loop" (a product an expert, on a
     CPU), "rowwise" (a multiply-and-sum a choice, for few choices in a graph compiled for a CPU), "grouped" (torch's
@@ -35,12 +41,15 @@ def experts(
     if path == "rowwise":
         return _rowwise(x, w1, w2, w3, indices, weights)
     if path == "grouped":
-        return _grouped(x, w1, w2, w3, indices, weights)
+        return _grouped(x, w1, w2, w3, indices, weights, choices)
     if path == "fused":
         from abyssal.kernels.experts import grouped_experts
 
-        return grouped_experts(x, w1, w2, w3, indices, weights)
+        return grouped_experts(x, w1, w2, w3, indices, weights, choices)
     if path == "decode":
+        if choices is not None:
+            inside = _inside(indices, w1.shape[0])
+            indices, weights = torch.where(inside, indices, 0), torch.where(inside, weights, 0)
         few = _opaque_decode if torch.compiler.is_compiling() else _decode
         return few(x, w1, w2, w3, indices, weights)
     if path == "loop":
@@ -100,6 +109,29 @@ def with_shared(
     return experts(x, w1, w2, w3, indices, weights, path) + shared
 
 
+def sum_rows(parts: Sequence[Tensor], place: Tensor, plus: Tensor | None = None, path: str | None = None) -> Tensor:
+    """`[T, D]`: for each token the sum of the rows `place[t, k]` of `parts`, `[N_0, D]`, `[N_1, D]`, which count as one
+    behind the other, and of `plus [T, D]`; a negative place is none. No gradients.
+
+    Paths: "reference" (any device and dtype) and "fused" (a GPU with Triton; summed in float32). None chooses.
+    """
+    first, second = parts
+    if path is None:
+        narrow = first.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        path = "fused" if narrow and capability(first)[0] else "reference"
+    if path == "fused":
+        from abyssal.kernels.experts_rows import sum_rows as fused
+
+        return fused(first, place, plus, second)
+    if path != "reference":
+        raise ValueError(f"path: expected 'reference' or 'fused', got {path!r}")
+    rows = torch.cat((first, second, first.new_zeros(1, first.shape[1])))
+    total = rows.new_zeros(place.shape[0], rows.shape[1]) if plus is None else plus
+    for column in place.unbind(1):
+        total = total + rows[torch.where(column < 0, rows.shape[0] - 1, column)]
+    return total
+
+
 def _reference(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     y = torch.zeros_like(x)
     for e in range(w1.shape[0]):
@@ -116,10 +148,12 @@ def _rowwise(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, wei
     expert, order = indices.flatten(), torch.arange(tokens * chosen, device=x.device)
     if tokens > 1:
         expert, order = expert.sort(stable=True)
+    live = _inside(expert, w1.shape[0])
+    expert = torch.where(live, expert, 0)
     rows = x.to(wide)[order // chosen, None]
     gate = weights.flatten()[order, None]
     hidden = silu((w1[expert].to(wide) * rows).sum(-1)) * (w3[expert].to(wide) * rows).sum(-1) * gate
-    hidden = hidden.to(x.dtype).to(wide)
+    hidden = torch.where(live[:, None], hidden, 0).to(x.dtype).to(wide)
     y = (w2[expert].to(wide) * hidden[:, None]).sum(-1)
     if tokens > 1:
         y = y[order.argsort()]
@@ -127,22 +161,35 @@ def _rowwise(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, wei
 
 
 def _sorted(indices: Tensor, experts: int) -> tuple[Tensor, Tensor]:
-    """The (token, choice) pairs in the order of their experts `[T·K]`, and each expert's count `[E]`."""
+    """The (token, choice) pairs in the order of their experts `[T·K]`, those that are no choices last, and each
+    expert's count `[E]`."""
     flat = indices.flatten()
+    flat = torch.where(_inside(flat, experts), flat, experts)
     order = flat.argsort(stable=True)
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device)
-    return order, counts.scatter_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(experts + 1, dtype=torch.int64, device=flat.device)
+    return order, counts.scatter_add_(0, flat, torch.ones_like(flat))[:-1]
 
 
-def _grouped(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def _inside(indices: Tensor, experts: int) -> Tensor:
+    return (indices >= 0) & (indices < experts)
+
+
+def _grouped(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor, choices: int | None
+) -> Tensor:
     chosen = indices.shape[1]
     order, counts = _sorted(indices, w1.shape[0])
+    order = order[:choices]
+    if not order.numel():
+        return x * 0 + (weights.sum() + w1.sum() + w2.sum() + w3.sum()).to(x.dtype) * 0
     ends = counts.cumsum(0).to(torch.int32)
-    rows = x[order // chosen]
+    # What products leave in rows behind the last expert's, here and on the way back, is anything.
+    live = (torch.arange(order.numel(), device=x.device) < ends[-1])[:, None]
+    rows = torch.where(live, x[order // chosen], 0)
     product = torch.nn.functional.grouped_mm
     hidden = silu(product(rows, w1.transpose(1, 2), offs=ends)) * product(rows, w3.transpose(1, 2), offs=ends)
-    y = product(hidden, w2.transpose(1, 2), offs=ends)
-    back = torch.empty_like(y).index_copy(0, order, y)
+    y = torch.where(live, product(hidden, w2.transpose(1, 2), offs=ends), 0)
+    back = y.new_zeros(indices.numel(), y.shape[1]).index_copy(0, order, y)
     return (back.unflatten(0, indices.shape) * weights[..., None].to(x.dtype)).sum(1)
 
 
@@ -153,7 +200,9 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         order, counts = _sorted(indices, w1.shape[0])
-        token, sizes = order // indices.shape[1], counts.tolist()
+        sizes = counts.tolist()
+        order = order[: sum(sizes)]
+        token = order // indices.shape[1]
         rows, gate = x[token], weights.flatten()[order][:, None]
         a, b = (x.new_empty(rows.shape[0], w1.shape[1]) for _ in range(2))
         y_rows = torch.empty_like(rows)
@@ -168,7 +217,7 @@ class _Loop(torch.autograd.Function):
                 start += size
         ctx.save_for_backward(x, w1, w2, w3, order, gate, a, b)
         ctx.sizes, ctx.shape = sizes, indices.shape
-        return y_rows[order.argsort()].unflatten(0, indices.shape).sum(1)
+        return _back(y_rows, order, indices.numel()).unflatten(0, indices.shape).sum(1)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,9 +246,14 @@ class _Loop(torch.autograd.Function):
             torch.mm(db.T, rows[part], out=dw3[e])
             torch.addmm(torch.mm(da, w1[e]), db, w3[e], out=dx_rows[part])
             start += size
-        dx = dx_rows[order.argsort()].unflatten(0, ctx.shape).sum(1)
-        d_weights = torch.empty_like(d_gate).index_copy_(0, order, d_gate).view(ctx.shape)
+        dx = _back(dx_rows, order, ctx.shape.numel()).unflatten(0, ctx.shape).sum(1)
+        d_weights = _back(d_gate, order, ctx.shape.numel()).view(ctx.shape)
         return dx, dw1, dw2, dw3, None, d_weights
+
+
+def _back(rows: Tensor, order: Tensor, pairs: int) -> Tensor:
+    """Rows, back in the order of the pairs; 0 where a pair is no choice."""
+    return rows.new_zeros(pairs, *rows.shape[1:]).index_copy_(0, order, rows)
 
 
 @torch.library.custom_op("abyssal::experts_loop", mutates_args=())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abyssal.ops.experts import experts
+from abyssal.ops.experts import experts, sum_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,8 +32,8 @@ def inputs(T: int, D: int, F: int, E: int, K: int, busy: int, seed: int = 0, dty
     return [*[t.to(dtype).requires_grad_() for t in floats], indices, weights.requires_grad_()]
 
 
-def run(args: list[Tensor], path: str | None, dy: Tensor) -> list[Tensor]:
-    y = experts(*args, path=path)  # type: ignore[arg-type]
+def run(args: list[Tensor], path: str | None, dy: Tensor, choices: int | None = None) -> list[Tensor]:
+    y = experts(*args, path=path, choices=choices)  # type: ignore[arg-type]
     tensors = [*args[:4], args[5]]
     return [y.detach(), *torch.autograd.grad(y, tensors, dy.to(y.dtype))]
 
@@ -70,6 +70,59 @@ def test_the_fused_path_and_its_gradients_are_the_references(case: tuple[int, ..
     for name, a, b, twice in zip(["y", "x", "w1", "w2", "w3", "weights"], found, expected, again, strict=True):
         assert error(a, b) < 1e-2, name
         assert torch.equal(a, twice), name
+
+
+SILENT = {  # T, D, F, E, K, busy, how many of the choices are none
+    "a few": (512, 256, 128, 8, 2, 8, 0.1),
+    "most": (700, 520, 392, 5, 3, 4, 0.9),
+    "none is left": (300, 128, 64, 4, 2, 4, 1.0),
+    "odd widths": (333, 136, 72, 7, 3, 4, 0.5),
+    "more tiles than programs": (6000, 512, 256, 16, 4, 15, 0.5),
+}
+
+
+@pytest.mark.parametrize("path", ["fused", "grouped"])
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("case", SILENT.values(), ids=SILENT)
+def test_an_index_that_is_no_experts_adds_nothing(case: tuple, told: bool, path: str) -> None:
+    """Rows that no choice has are never read, or never count: memory holds NaN."""
+    args = inputs(*case[:6])
+    out = torch.rand(args[4].shape, device="cuda") < case[6]
+    outside = torch.tensor([-1, -9, case[3], 1000], device="cuda")[torch.arange(out.numel(), device="cuda") % 4]
+    args[4] = torch.where(out, outside.view(out.shape), args[4])
+    choices = int((~out).sum()) if told else None
+    dy = torch.randn(args[0].shape, device="cuda")
+    exact = [a.detach().double().requires_grad_() if a.is_floating_point() else a for a in args]
+    expected = run(exact, "reference", dy)
+    poison()
+    found = run(args, path, dy, choices)
+    for name, a, b in zip(["y", "x", "w1", "w2", "w3", "weights"], found, expected, strict=True):
+        assert error(a, b) < 1e-2 if b.any() else (a == 0).all(), name
+    assert (found[-1][out] == 0).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["decode", "fused"])
+def test_no_choice_without_gradients(path: str) -> None:
+    args = [a.detach() for a in inputs(60, 128, 64, 8, 4, 8)]
+    out = torch.rand(args[4].shape, device="cuda") < 0.5
+    args[4] = torch.where(out, -1, args[4])
+    exact = experts(*(a.double() if a.is_floating_point() else a for a in args), path="reference")  # type: ignore[arg-type]
+    poison()
+    assert error(experts(*args, path=path, choices=int((~out).sum())), exact) < 1e-2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("first", [0, 100, 5000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_of_two_parts_are_summed(first: int, dtype: torch.dtype) -> None:
+    T, K, D, N = 3000, 4, 1000, 5000
+    rows = torch.randn(N, D, device="cuda", dtype=dtype)
+    place = torch.full((T * K,), -1, device="cuda")
+    place[torch.randperm(T * K, device="cuda")[:N]] = torch.arange(N, device="cuda")
+    place, plus = place.view(T, K).int(), torch.randn(T, D, device="cuda", dtype=dtype)
+    parts = rows[:first], rows[first:]
+    expected = sum_rows([p.double() for p in parts], place, plus.double(), "reference")
+    assert error(sum_rows(parts, place, plus), expected) < 5e-3
 
 
 def test_float16_too() -> None:

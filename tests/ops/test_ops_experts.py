@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import silu
 
@@ -32,10 +34,14 @@ def by_loop(x, w1, w2, w3, indices, weights):
     return torch.stack(rows)
 
 
-def grads(args, path):
+def wave(y):
+    return torch.arange(y.numel()).view(y.shape).cos().to(y.dtype)
+
+
+def grads(args, path, choices=None):
     tensors = [*args[:4], args[5]]
-    y = experts(*args, path=path)
-    return y, torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape).cos().to(y.dtype)).sum(), tensors)
+    y = experts(*args, path=path, choices=choices)
+    return y, torch.autograd.grad((y * wave(y)).sum(), tensors)
 
 
 CASES = {
@@ -106,6 +112,28 @@ def test_no_tokens(path) -> None:
     y, found = grads(none, path)
     assert y.shape == (0, 16)
     assert all((g == 0).all() for g in found)
+
+
+@pytest.mark.parametrize("path", ["reference", "loop", "rowwise", "grouped"])
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 12), st.integers(1, 3), st.integers(0, 99), st.booleans())
+def test_an_index_that_is_no_experts_adds_nothing(path: str, T: int, K: int, seed: int, told: bool) -> None:
+    """And its weight has no gradient; the others' are those of the same choices with a weight of 0 in its place."""
+    dtype = torch.float32 if path == "grouped" else torch.float64
+    args = inputs(T=T, K=K, seed=seed, dtype=dtype)
+    out = torch.rand(T, K, generator=torch.Generator().manual_seed(seed)) < 0.5
+    outside = torch.tensor([-1, -7, 5, 1000])[torch.arange(T * K) % 4].view(T, K)
+    args[4] = torch.where(out, outside, args[4])
+    exact = [a.detach().double().requires_grad_() if a.is_floating_point() else a for a in args]
+    silent = [*exact[:4], torch.where(out, 0, exact[4]), torch.where(out, 0, exact[5])]
+    y = experts(*silent, path="reference")
+    expected = torch.autograd.grad((y * wave(y)).sum(), [*exact[:4], exact[5]])
+    found_y, found = grads(args, path, int((~out).sum()) if told else None)
+    tolerance = 1e-4 if path == "grouped" else 1e-12
+    torch.testing.assert_close(found_y.double(), y, atol=tolerance, rtol=0)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=tolerance, rtol=tolerance)
+    assert (found[4][out] == 0).all()
 
 
 def test_a_wrong_name_is_refused() -> None:
