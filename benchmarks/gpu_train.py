@@ -3,8 +3,8 @@
     python benchmarks/gpu_train.py [--packed] [--mtp] [--compile] [--profile] [--steps 20] [--layers 16]
 
 A step is 32768 tokens: 16 sequences of 2048, or with --packed documents of 64 to 2048 tokens whose lengths are uneven
-(log-uniform, other ones each step). Parameters, gradients and AdamW's moments are bf16. Times are medians over the
-steps, by CUDA events; "host" is how long the host took to issue a step's launches.
+(log-uniform, other ones each step). Parameters, gradients and AdamW's moments are bf16, and the router biases are moved
+as in training. Times are medians over the steps, by CUDA events; "host" is how long the host took to issue a step.
 """
 
 import argparse
@@ -20,6 +20,8 @@ from torch import Tensor
 
 import abyssal
 from abyssal.config import ModelConfig
+from abyssal.model.balance import Balance
+from abyssal.model.experts import Routing
 from abyssal.model.packing import Packing, shift
 from abyssal.model.transformer import Transformer
 from abyssal.ops.cross_entropy import linear_cross_entropy
@@ -80,30 +82,40 @@ def uneven(total: int, draw: random.Random) -> list[int]:
     return lengths
 
 
-def loss_of(model: Transformer, batch: Batch, states: Tensor) -> Tensor:
+def loss_of(model: Transformer, batch: Batch, states: Tensor) -> tuple[Tensor, list[Routing]]:
+    """The loss, and what the MTP module's gate decided."""
+
     def predicted(states: Tensor, depth: int) -> Tensor:
         weights = batch.weights[depth]
         return linear_cross_entropy(states, model.head.weight, batch.targets[depth], weights) / weights.sum()
 
-    loss = predicted(states, 0)
+    loss, routings = predicted(states, 0), []
     for depth, module in enumerate(model.predict_states(states, batch.tokens, batch.packing), start=1):
         loss = loss + 0.3 * predicted(module.states, depth)
-    return loss
+        if module.routing is not None:
+            routings.append(module.routing)
+    return loss, routings
 
 
 def step(
-    model: Transformer, optimizer: torch.optim.Optimizer, batch: Batch, mark: Callable[[], None] = lambda: None
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    balance: Balance,
+    batch: Batch,
+    mark: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """One step; `mark` is called at its start and after each of PARTS."""
     mark()
-    states = model.hidden(batch.tokens, batch.packing).states
+    states, routings = model.hidden(batch.tokens, batch.packing)
     mark()
-    loss = loss_of(model, batch, states)
+    loss, more = loss_of(model, batch, states)
     mark()
     loss.backward()
     mark()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    balance.observe([*routings, *more])
+    balance.update(1e-3)
     mark()
     return loss.detach()
 
@@ -153,21 +165,22 @@ def main() -> None:
     wanted = parser.parse_args()
     config = shape(wanted.layers, wanted.mtp)
     model = build(config, wanted.compile)
+    balance = Balance(model.gates())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     draw, total = random.Random(0), SEQUENCES * LENGTH
     rows = [uneven(total, draw) if wanted.packed else [LENGTH] * SEQUENCES for _ in range(WARM + wanted.steps)]
     batches = [Batch.of(row, config.vocab_size, 1 + int(wanted.mtp), seed) for seed, row in enumerate(rows)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {abyssal.__file__}", flush=True)
-    first = float(step(model, optimizer, batches[0]))
+    first = float(step(model, optimizer, balance, batches[0]))
     for batch in batches[1:WARM]:
-        step(model, optimizer, batch)
+        step(model, optimizer, balance, batch)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     every, hosts = [], []
     start = time.perf_counter()
     for batch in batches[WARM:]:
         marks, began = Marks(), time.perf_counter()
-        last = step(model, optimizer, batch, marks)
+        last = step(model, optimizer, balance, batch, marks)
         hosts.append((time.perf_counter() - began) * 1e3)
         every.append(marks)
     torch.cuda.synchronize()
@@ -181,7 +194,7 @@ def main() -> None:
           f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB; loss {first:.4f} -> {float(last):.4f}",
           flush=True)  # fmt: skip
     if wanted.profile:
-        profile(lambda: step(model, optimizer, batches[-1]), 60)
+        profile(lambda: step(model, optimizer, balance, batches[-1]), 60)
 
 
 if __name__ == "__main__":

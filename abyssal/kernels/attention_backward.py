@@ -4,6 +4,9 @@ Two forms. On Hopper, for the widths of DeepSeek-V3, `attention_backward_gluon` 
 queries' gradients up in memory by atomic additions. Everywhere else, and where the same bits are asked for every time,
 the two Triton kernels here pass over them twice: one program for BN keys of a head (dK, dV), one for BM queries (dQ).
 
+What comes out lies as the products of q and of kv need it for their own gradients: whole, a head's parts side by side.
+The rotary part of a query's gradient is turned back by its angles on the way, where they are given.
+
 Where the tiles of uneven sequences lie is found on the device, by `plan_kernel`: the host knows only T and S, and
 starts T // KEYS + S programs a head, of which those without a tile end at once.
 """
@@ -12,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from abyssal.kernels.rotary import rotate_into, turned
 
 KEYS = 128  # keys a tile of the schedule
 LOG2E = 1.4426950408889634
@@ -89,23 +94,34 @@ def prepare_kernel(
 
 
 @triton.jit
-def _narrow(block, dq, row, inside, heads, scale, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr):
+def _narrow(
+    block, dq, cos, sin, row, inside, heads, scale,
+    WIDTH: tl.constexpr, COLUMNS: tl.constexpr, HALVES: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """64 rows of COLUMNS columns, of which the last TURNED are turned back."""
     r = tl.arange(0, 64)
     c = tl.arange(0, COLUMNS)
     mine: tl.constexpr = COLUMNS // HALVES
     down = r // 16 * 128 + r % 8 * 16 + r // 8 % 2 * 2
     across = c % mine // 8 * (512 * HALVES) + c // mine * 512 + c % 8 // 2 * 4 + c % 2
     value = tl.load(block + down[:, None] + across[None, :]) * scale
+    if TURNED > 0:
+        pair = tl.arange(0, COLUMNS // 2) - (COLUMNS - TURNED) // 2
+        angle = row.to(tl.int64)[:, None] * (TURNED // 2) + pair[None, :]
+        mask = inside[:, None] & (pair >= 0)[None, :]
+        value = turned(value, tl.load(cos + angle, mask=mask, other=1.0).to(tl.float32),
+                       -tl.load(sin + angle, mask=mask, other=0.0).to(tl.float32), 64, COLUMNS)  # fmt: skip
     at = dq + row.to(tl.int64)[:, None] * (heads * WIDTH) + c[None, :]
     tl.store(at, value.to(dq.dtype.element_ty), mask=inside[:, None])
 
 
 @triton.jit
 def narrow_kernel(
-    dq_wide, dq, plan, tiles, heads, scale,
-    WIDTH: tl.constexpr, LEFT: tl.constexpr, HALVES: tl.constexpr, KEYS: tl.constexpr,
+    dq_wide, dq, cos, sin, plan, tiles, heads, scale,
+    WIDTH: tl.constexpr, LEFT: tl.constexpr, HALVES: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
-    """dq = dq_wide · scale, out of the blocks of 64 rows that `add_queries` wrote: LEFT columns, then the others."""
+    """dq = dq_wide · scale, out of the blocks of 64 rows that `add_queries` wrote: LEFT columns, then the others, of
+    which the last TURNED are turned back by their angles."""
     rank = tl.program_id(0) // (KEYS // 64)
     low = tl.program_id(0) % (KEYS // 64) * 64
     head = tl.program_id(1).to(tl.int64)
@@ -115,8 +131,10 @@ def narrow_kernel(
         inside = low + tl.arange(0, 64) < left
         block = dq_wide + ((head * tiles + tl.load(plan + rank)) * KEYS + low) * WIDTH
         to = dq + head * WIDTH
-        _narrow(block, to, row, inside, heads, scale, WIDTH, LEFT, HALVES)
-        _narrow(block + 64 * LEFT, to + LEFT, row, inside, heads, scale, WIDTH, WIDTH - LEFT, HALVES)
+        _narrow(block, to, cos, sin, row, inside, heads, scale, WIDTH, LEFT, HALVES, 0)
+        _narrow(
+            block + 64 * LEFT, to + LEFT, cos, sin, row, inside, heads, scale, WIDTH, WIDTH - LEFT, HALVES, TURNED
+        )  # fmt: skip
 
 
 @triton.jit
@@ -137,7 +155,7 @@ def _put(pointer, value, row, stride, inside, WIDTH: tl.constexpr, PADDED: tl.co
 
 @triton.jit
 def keys_kernel(
-    q_nope, q_rope, k_nope, k_rope, v, d_out, stats, dk, dv, plan,
+    q_nope, q_rope, k_nope, k_rope, v, d_out, stats, dkv, dk_rope, plan,
     q_nope_row, q_nope_head, q_rope_row, q_rope_head, k_nope_row, k_nope_head, k_rope_row, v_row, v_head,
     d_out_row, d_out_head, stats_row, heads, scale_log2, scale,
     N: tl.constexpr, NP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, V: tl.constexpr, VP: tl.constexpr,
@@ -180,10 +198,10 @@ def keys_kernel(
             dkn = tl.dot(dst, qn, dkn)
             if R > 0:
                 dkr = tl.dot(dst, qr, dkr)
-        _put(dv + head * V, dvs, key, heads * V, mine, V, VP)
-        _put(dk + head * (N + R), dkn * scale, key, heads * (N + R), mine, N, NP)
+        _put(dkv + head * (N + V) + N, dvs, key, heads * (N + V), mine, V, VP)
+        _put(dkv + head * (N + V), dkn * scale, key, heads * (N + V), mine, N, NP)
         if R > 0:
-            _put(dk + head * (N + R) + N, dkr * scale, key, heads * (N + R), mine, R, RP)
+            _put(dk_rope + head * R, dkr * scale, key, heads * R, mine, R, RP)
 
 
 @triton.jit
@@ -244,13 +262,15 @@ def one_pass(q_nope: Tensor, q_rope: Tensor | None, v: Tensor) -> bool:
 
 def attention_backward(
     d_out: Tensor, q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
-    out: Tensor, lse: Tensor, cu: Tensor, scale: float, deterministic: bool = False, buffers: "Buffers | None" = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dq`, `dk [T, H, N + R]`, `dk_rope [T, R]` (dk's rotary half summed over the heads), `dv [T, H, V]`.
+    out: Tensor, lse: Tensor, cu: Tensor, scale: float, deterministic: bool = False,
+    angles: tuple[Tensor, Tensor] | None = None, buffers: "Buffers | None" = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dq [T, H, N + R]`, `dkv [T, H, N + V]` (of k_nope and v), `dk_rope [T, R]` (summed over the heads).
 
     `q_nope`, `k_nope [T, H, N]`, `q_rope [T, H, R]`, `k_rope [T, R]`, `v`, `d_out`, `out [T, H, V]`; `lse [H, T]`
     float32, natural logarithm; `cu [S+1]` int32, for queries and keys alike (S of at least 1). With `deterministic`
-    the same inputs give the same bits. Nothing waits for the device.
+    the same inputs give the same bits. With `angles`, cos and sin `[T, R/2]` float32 by which q_rope was rotated, dq is
+    the gradient of what it was before. Nothing waits for the device.
     """
     from abyssal.kernels.attention_join import sum_heads
 
@@ -263,7 +283,8 @@ def attention_backward(
     sequences = cu.shape[0] - 1
     tiles = T // KEYS + sequences
     once = not deterministic and q_nope.is_cuda and one_pass(q_nope, q_rope, v)
-    b = buffers or Buffers(q_nope, T, H, N + R, V, sequences, once)
+    b = buffers or Buffers(q_nope, T, H, N, R, V, sequences, once)
+    cos, sin = (b.stats, b.stats) if angles is None else (t.contiguous() for t in angles)
     with torch.cuda.device_of(q_nope):
         plan_kernel[(sequences,)](cu, b.plan, sequences, tiles, KEYS, 64, num_warps=4)
         prepare_kernel[(tiles, H)](
@@ -274,10 +295,10 @@ def attention_backward(
         if once:
             from abyssal.kernels.attention_backward_gluon import launch
 
-            launch(q_nope, q_rope, k_nope, k_rope, v, d_out, b.stats, b.dq_wide, b.dk, b.dv, b.plan, scale)
+            launch(q_nope, q_rope, k_nope, k_rope, v, d_out, b.stats, b.dq_wide, b.dkv, b.dk_rope, b.plan, scale)
             narrow_kernel[(tiles * (KEYS // 64), H)](
-                b.dq_wide, b.dq, b.plan, tiles, H, scale, N + R, 128, 2 if V == 128 else 1, KEYS,
-                num_warps=4,
+                b.dq_wide, b.dq, cos, sin, b.plan, tiles, H, scale, N + R, 128, 2 if V == 128 else 1, KEYS,
+                R if angles is not None else 0, num_warps=4,
             )  # fmt: skip
         else:
             padded = [max(16, triton.next_power_of_2(w)) for w in (N, R or 1, V)]
@@ -291,7 +312,7 @@ def attention_backward(
             widths = (N, padded[0], R, padded[1], V, padded[2], KEYS)
             grid = (tiles * (KEYS // BN), H)
             keys_kernel[grid](
-                *tensors, b.dk, b.dv, b.plan, *strides, H, scale * LOG2E, scale, *widths, BN, BM,
+                *tensors, b.dkv, b.dk_rope, b.plan, *strides, H, scale * LOG2E, scale, *widths, BN, BM,
                 num_warps=warps, num_stages=1 if wide else 2,
             )  # fmt: skip
             BM, BN = (64, 32) if wide else (64, 64)
@@ -300,22 +321,23 @@ def attention_backward(
                 *tensors, b.dq, b.plan, *strides, H, scale * LOG2E, scale, *widths, BM, BN,
                 num_warps=warps, num_stages=1 if wide else 2,
             )  # fmt: skip
-    return b.dq, b.dk, sum_heads(b.dk[..., N:]), b.dv
+            if angles is not None:
+                rotate_into(b.dq[..., N:], cos, sin, b.dq[..., N:], back=True)
+    return b.dq, b.dkv, sum_heads(b.dk_rope)
 
 
 class Buffers:
     """What the backward writes. A test fills it with NaN."""
 
-    def __init__(self, like: Tensor, T: int, H: int, width: int, V: int, sequences: int, once: bool) -> None:
+    def __init__(self, like: Tensor, T: int, H: int, N: int, R: int, V: int, sequences: int, once: bool) -> None:
         tiles = T // KEYS + sequences
         self.plan = like.new_empty(4, tiles, dtype=torch.int32)
         self.stats = like.new_empty(H, 2, tiles * KEYS, dtype=torch.float32)
         # Blocks of 64 rows for each head and tile. A tile of queries that runs over the end adds zeros to the next.
-        self.dq_wide = like.new_empty((H * tiles * KEYS + 64) * width if once else 0, dtype=torch.float32)
-        self.dq, self.dk = like.new_empty(T, H, width), like.new_empty(T, H, width)
-        self.dv = like.new_empty(T, H, V)
+        self.dq_wide = like.new_empty((H * tiles * KEYS + 64) * (N + R) if once else 0, dtype=torch.float32)
+        self.dq, self.dkv, self.dk_rope = (like.new_empty(T, H, width) for width in (N + R, N + V, R))
 
     def poison(self) -> "Buffers":
-        for t in (self.stats, self.dq_wide, self.dq, self.dk, self.dv):
+        for t in (self.stats, self.dq_wide, self.dq, self.dkv, self.dk_rope):
             t.fill_(float("nan"))
         return self

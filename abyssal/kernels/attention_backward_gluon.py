@@ -72,7 +72,7 @@ def _store_keys(pointer, value, layout: gl.constexpr, stride, count):
 @gluon.jit(do_not_specialize=["group"])
 def backward_kernel(
     q_nope, q_rope, k_nope, k_rope, v, d_out,  # descriptors, [T, columns]
-    stats, dq, dk, dv, plan,
+    stats, dq, dkv, dk_rope, plan,
     q_nope_head, q_rope_head, k_nope_head, v_head, d_out_head,  # columns between heads
     stats_row, heads, group, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr,
@@ -230,9 +230,9 @@ def backward_kernel(
             mbarrier.invalidate(bar_do.index(half))
         store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
         row = key0.to(gl.int64) * heads + head
-        _store_keys(dv + row * V, dvs, store_layout, heads * V, left)
-        _store_keys(dk + row * width, dkn * scale, store_layout, heads * width, left)
-        _store_keys(dk + row * width + N, dkr * scale, store_layout, heads * width, left)
+        _store_keys(dkv + row * (N + V) + N, dvs, store_layout, heads * (N + V), left)
+        _store_keys(dkv + row * (N + V), dkn * scale, store_layout, heads * (N + V), left)
+        _store_keys(dk_rope + row * R, dkr * scale, store_layout, heads * R, left)
 
 
 WIDTHS = [(128, 64, 128), (192, 64, 256)]
@@ -255,9 +255,9 @@ def _descriptor(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
 
 def launch(
     q_nope: Tensor, q_rope: Tensor, k_nope: Tensor, k_rope: Tensor, v: Tensor, d_out: Tensor,
-    stats: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, plan: Tensor, scale: float, group: int | None = None,
+    stats: Tensor, dq: Tensor, dkv: Tensor, dk_rope: Tensor, plan: Tensor, scale: float, group: int | None = None,
 ) -> None:  # fmt: skip
-    """Writes dk `[T, H, N + R]` and dv `[T, H, V]`; adds dS K to dq, float32, in blocks, not yet scaled."""
+    """Writes dkv `[T, H, N + V]` and dk_rope `[T, H, R]`; adds dS K to dq, float32, in blocks, not yet scaled."""
     H, N, R, V = q_nope.shape[1], q_nope.shape[-1], q_rope.shape[-1], v.shape[-1]
     wide = V == 256
     BM, BN = (128, 64) if wide else (64, 128)
@@ -270,7 +270,7 @@ def launch(
     programs = plan.shape[1] * (KEYS // BN)  # a head
     processors = torch.cuda.get_device_properties(v.device).multi_processor_count
     group = group or min(H, -(-2 * processors // programs))
-    arguments = (*descriptors, stats, dq, dk, dv, plan, *strides, stats.shape[-1], H, group, scale * LOG2E, scale)
+    arguments = (*descriptors, stats, dq, dkv, dk_rope, plan, *strides, stats.shape[-1], H, group, scale * LOG2E, scale)
     if wide:
         from abyssal.kernels.attention_backward_wide import wide_kernel
 

@@ -26,7 +26,7 @@ def _load_panels(nope, rope, panels, bar, row, nope_column, rope_column, pred):
 @gluon.jit(do_not_specialize=["group"])
 def wide_kernel(
     q_nope, q_rope, k_nope, k_rope, v, d_out,  # descriptors, [T, columns]
-    stats, dq, dk, dv, plan,
+    stats, dq, dkv, dk_rope, plan,
     q_nope_head, q_rope_head, k_nope_head, v_head, d_out_head,  # columns between heads
     stats_row, heads, group, scale_log2, scale,
     BM: gl.constexpr, BN: gl.constexpr, KEYS: gl.constexpr,
@@ -38,6 +38,7 @@ def wide_kernel(
     """
     dtype: gl.constexpr = q_nope.dtype
     W: gl.constexpr = 256
+    NOPE: gl.constexpr = 192
     head, rank = head_and_rank(heads, group)
     tiles = gl.num_programs(0) // heads // (KEYS // BN)
     part = rank % (KEYS // BN)
@@ -158,7 +159,11 @@ def wide_kernel(
         mbarrier.invalidate(bar_do)
         rows = gl.arange(0, BN, gl.SliceLayout(1, g_layout))
         columns = gl.arange(0, W, gl.SliceLayout(0, g_layout))
-        where = ((key0 + rows).to(gl.int64) * heads + head)[:, None] * W + columns[None, :]
+        place = ((key0 + rows).to(gl.int64) * heads + head)[:, None]
+        at = dkv + place * (NOPE + W) + columns[None, :]
         mask = (rows < count)[:, None]
-        gl.store(dv + where, dvs.to(dv.dtype.element_ty), mask=mask)
-        gl.store(dk + where, (dks * scale).to(dk.dtype.element_ty), mask=mask)
+        rope = (columns >= NOPE)[None, :]
+        gl.store(at + NOPE, dvs.to(dtype), mask=mask)
+        dks = (dks * scale).to(dtype)
+        gl.store(at, dks, mask=mask & (columns < NOPE)[None, :])
+        gl.store(dk_rope + place * (W - NOPE) + (columns - NOPE)[None, :], dks, mask=mask & rope)

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from abyssal.kernels.rotary import rotate_into
+
 
 @triton.jit
 def join_kernel(
@@ -110,8 +112,8 @@ def cudnn_forward(q: Tensor, k: Tensor, v: Tensor, sequences: int, scale: float)
 
 def cudnn_backward(
     d_out: Tensor, q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
-    out: Tensor, lse: Tensor, sequences: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out: Tensor, lse: Tensor, sequences: int, scale: float, angles: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients `attention_backward` gives, of `sequences` equally long ones, by cuDNN."""
     (T, H, N), L = q_nope.shape, q_nope.shape[0] // sequences
     q, k = join(q_nope, q_rope, k_nope, k_rope)
@@ -122,4 +124,6 @@ def cudnn_backward(
         *parts, stats, nothing, nothing, None, None, None, L, L, 0.0, True, scale=scale
     )
     dq, dk, dv = (t.transpose(1, 2).reshape(T, H, -1) for t in (dq, dk, dv))
-    return dq, dk, sum_heads(dk[..., N:]), dv
+    if angles is not None:
+        rotate_into(dq[..., N:], *angles, dq[..., N:], back=True)
+    return dq, torch.cat((dk[..., :N], dv), -1), sum_heads(dk[..., N:])

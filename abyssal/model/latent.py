@@ -15,11 +15,12 @@ from abyssal.model.layers import Linear, RMSNorm, beside, join
 from abyssal.model.packing import Packing
 from abyssal.model.positions import Rotary, rotary
 from abyssal.ops.attention import attention
+from abyssal.ops.latent_attention import latent_attention
 from abyssal.ops.latent_decode import latent_decode
 from abyssal.ops.latent_rows import pack_rows, unpack_rows
 from abyssal.ops.latent_write import absorb, latent_write
 from abyssal.ops.paged import gather_pages
-from abyssal.ops.rotary import rotate
+from abyssal.ops.rotary import norm_rotate, rotate
 
 LATENT_EPS = 1e-6  # of the latents' two norms, whatever rms_norm_eps says of the others
 
@@ -70,6 +71,8 @@ class LatentAttention(nn.Module):
                 raise ValueError("path 'absorbed': with coupled RoPE a rotation stands between W_UQ and W_UK")
             out = self.absorbed(x, angles, packing, cache["latent"])
         elif path == "expanded":
+            if cache is None and c.position == "decoupled" and angles is not None:
+                return self.wo(self.whole(x, angles, packing).flatten(1))
             if cache is None or c.position == "rope" or torch.is_grad_enabled():
                 q_nope, q_rope = self.queries(x, angles)
                 latent, k_rope = self.leave(x, angles)
@@ -153,6 +156,14 @@ class LatentAttention(nn.Module):
         heads = self.wkv_b.dense(dtype).unflatten(0, (c.num_attention_heads, -1))
         w_uk, w_uv = heads.split((c.qk_nope_head_dim, c.v_head_dim), 1)
         return w_uk, w_uv
+
+    def whole(self, x: Tensor, angles: Rotary, packing: Packing) -> Tensor:
+        """`[T, H, V]`: `expanded` over whole sequences without a cache. Each product goes on in one piece, and so does
+        its gradient on the way back."""
+        q = self.project_queries(x)
+        latent, k_rope = norm_rotate(self.wkv_a(x), self.kv_norm.weight, LATENT_EPS, *angles)
+        kv = self.wkv_b(latent).unflatten(-1, (self.config.num_attention_heads, -1))
+        return latent_attention(q, kv, k_rope, *angles, packing.cu_seqlens, packing.max_len, self.config.softmax_scale)
 
     def expanded(
         self,

@@ -44,7 +44,7 @@ def attention(
     if path is None:
         narrow = q_nope.dtype in (torch.bfloat16, torch.float16)
         path = "sdpa" if q_nope.device.type == "cpu" else "varlen" if narrow else "reference"
-        if path == "varlen" and _on_hopper(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, max_q, max_k):
+        if path == "varlen" and on_hopper(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, max_q, max_k):
             path = "hopper"
     if path == "reference" or 0 in (q_nope.shape[0], v.shape[0]):
         return _reference(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, scale)
@@ -103,10 +103,11 @@ def _joined(
     return q, k, v
 
 
-def _on_hopper(
+def on_hopper(
     q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
     cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
 ) -> bool:  # fmt: skip
+    """Whether "hopper" takes these tensors, with their gradients where any is asked for."""
     if capability(v)[0] != 9:
         return False
     from abyssal.kernels.attention_forward import supports
@@ -149,13 +150,14 @@ def _(
     "abyssal::attention_hopper_backward",
     mutates_args=(),
     schema="(Tensor d_out, Tensor q_nope, Tensor? q_rope, Tensor k_nope, Tensor? k_rope, Tensor v, Tensor out, "
-    "Tensor lse, Tensor cu, SymInt longest, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor lse, Tensor cu, SymInt longest, float scale, Tensor? cos, Tensor? sin) -> (Tensor, Tensor, Tensor)",
 )
-def _hopper_backward(
+def hopper_backward(
     d_out: Tensor, q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
-    out: Tensor, lse: Tensor, cu: Tensor, longest: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """`dq`, `dk [T, H, N + R]`, `dk_rope [T, R]`, `dv [T, H, V]`.
+    out: Tensor, lse: Tensor, cu: Tensor, longest: int, scale: float, cos: Tensor | None, sin: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`dq [T, H, N + R]`, `dkv [T, H, N + V]`, `dk_rope [T, R]`. With `cos` and `sin` `[T, R/2]`, by which q_rope was
+    rotated, dq is the gradient of what it was before.
 
     Sequences of one length (which the host sees where S times the longest is T) go to cuDNN where it is faster.
     """
@@ -165,20 +167,21 @@ def _hopper_backward(
     tensors = (d_out, q_nope, q_rope, k_nope, k_rope, v, out, lse)
     deterministic, sequences = torch.are_deterministic_algorithms_enabled(), cu.shape[0] - 1
     widths = (q_nope.shape[-1], 0 if q_rope is None else q_rope.shape[-1], v.shape[-1])
+    angles = None if cos is None or sin is None else (cos, sin)
     if not deterministic and cudnn_takes(*widths, sequences, longest, v.shape[0]):
-        return cudnn_backward(*tensors, sequences, scale)
-    return attention_backward(*tensors, cu, scale, deterministic)
+        return cudnn_backward(*tensors, sequences, scale, angles)
+    return attention_backward(*tensors, cu, scale, deterministic, angles)
 
 
-@_hopper_backward.register_fake
+@hopper_backward.register_fake
 def _(
     d_out: Tensor, q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor,
-    out: Tensor, lse: Tensor, cu: Tensor, longest: int, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out: Tensor, lse: Tensor, cu: Tensor, longest: int, scale: float, cos: Tensor | None, sin: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     T, H, N = q_nope.shape
     R = 0 if q_rope is None else q_rope.shape[-1]
     new = v.new_empty
-    return new(T, H, N + R), new(T, H, N + R), new(T, R), new(T, H, v.shape[-1])
+    return new(T, H, N + R), new(T, H, N + v.shape[-1]), new(T, R)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -189,10 +192,10 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _gradients(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q_nope, q_rope, k_nope, k_rope, v, out, lse, cu = ctx.saved_tensors
     saved = (q_nope, q_rope, k_nope, k_rope, v, out, lse, cu)
-    dq, dk, dk_rope, dv = _hopper_backward(d_out, *saved, ctx.longest, ctx.scale)
+    dq, dkv, dk_rope = hopper_backward(d_out, *saved, ctx.longest, ctx.scale, None, None)
     N = q_nope.shape[-1]
     dq_rope, dk_rope = (None, None) if q_rope is None else (dq[..., N:], dk_rope)
-    return dq[..., :N], dq_rope, dk[..., :N], dk_rope, dv, None, None, None, None, None
+    return dq[..., :N], dq_rope, dkv[..., :N], dk_rope, dkv[..., N:], None, None, None, None, None
 
 
 _hopper.register_autograd(_gradients, setup_context=_keep)

@@ -8,7 +8,8 @@ from torch import Tensor
 from abyssal.ops.device import capability
 
 CHUNK_LOGITS = 1 << 24  # logits held at once on a CPU
-CHUNK_TOKENS = 4096  # tokens whose logits are held at once on a GPU, and more where the head is wide
+CHUNK_TOKENS = 4096  # tokens whose logits are held at once on a GPU, and more where the head is wide or short
+HELD_LOGITS = 1 << 29  # logits held at once on a GPU, a GiB in bf16, where that is more tokens than CHUNK_TOKENS
 
 
 def linear_cross_entropy(
@@ -24,7 +25,7 @@ def linear_cross_entropy(
     None chooses. Raises ValueError for another name.
     """
     if path is None:
-        kernels = capability(hidden) > (0, 0) and hidden.dtype == head.dtype != torch.float64
+        kernels = capability(hidden)[0] > 0 and hidden.dtype == head.dtype != torch.float64
         path = "fused" if kernels else "chunked"
     if path == "reference":
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -74,10 +75,11 @@ class _Chunked(torch.autograd.Function):
         return d_hidden * d_loss.to(d_hidden.dtype), d_head * d_loss.to(d_head.dtype), None, None
 
 
-def _chunk_tokens(tokens: int, width: int) -> int:
-    """Even chunks. Several need a float32 sum of the head's gradient, twice the bytes of a head in bf16: as many
-    logits again, 2 · width tokens' worth, are no more memory than that and make the products larger."""
-    most = max(CHUNK_TOKENS, 2 * width)
+def _chunk_tokens(tokens: int, width: int, vocab: int) -> int:
+    """Even chunks. Several need a float32 sum of the head's gradient, twice the bytes of a head in bf16, which each
+    reads and writes: as many logits again, 2 · width tokens' worth, are no more memory than that and make the products
+    larger. With a small vocabulary it is few bytes to hold more."""
+    most = max(CHUNK_TOKENS, 2 * width, HELD_LOGITS // vocab)
     chunks = -(-tokens // most)
     return min(-(-tokens // (chunks * 128)) * 128, tokens)
 
@@ -95,7 +97,7 @@ class _Fused(torch.autograd.Function):
         d_head = None
         losses = torch.empty(tokens, dtype=torch.float32, device=hidden.device)
         weights, targets = weights.contiguous(), targets.contiguous()
-        step = _chunk_tokens(tokens, hidden.shape[1]) if tokens else 1
+        step = _chunk_tokens(tokens, hidden.shape[1], head.shape[0]) if tokens else 1
         buffer = logits_buffer(step, head)
         for start in range(0, tokens, step):
             part = slice(start, start + step)
@@ -110,12 +112,19 @@ class _Fused(torch.autograd.Function):
         del buffer
         if for_head and d_head is None:
             d_head = torch.zeros_like(head)
-        ctx.save_for_backward(d_hidden, None if d_head is None else d_head.to(head.dtype))
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.dtype = head.dtype
         return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return *(None if d is None else d * d_loss.to(d.dtype) for d in ctx.saved_tensors), None, None
+        """Scaled and rounded in one pass: a sum in float32 is not rounded before."""
+        scaled = (None if d is None else _scaled(d, d_loss, ctx.dtype) for d in ctx.saved_tensors)
+        return *scaled, None, None
+
+
+def _scaled(d: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(d, by.to(d.dtype), out=torch.empty(d.shape, dtype=dtype, device=d.device))
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, several: bool) -> Tensor:

@@ -8,9 +8,6 @@ from torch.nn.functional import linear
 
 from abyssal.ops.device import capability
 
-# Beyond this many tokens logits in float32 are a library's product; bf16 has a kernel of ours for any number.
-FEW_TOKENS = 64
-
 
 def gate(
     x: Tensor, weight: Tensor, bias: Tensor | None, scoring: Literal["sigmoid", "softmax"], n_group: int,
@@ -23,30 +20,22 @@ def gate(
     `n_group` groups, only those of the `topk_group` worthiest are picked: a group is worth its "best two" biased scores
     (V3) or its "best" (V2). Which of equal scores wins is the path's own matter: the kernels pick the lowest expert.
 
-    Paths: "reference" (any device and dtype), "kernel" (Triton: the choice in one kernel, after one for the logits
-    of bf16 or of up to 64 tokens; gradients flow through torch's own operations, float64 excluded). None chooses.
-    Raises ValueError for another path.
+    Paths: "reference" (any device and dtype), "kernel" (Triton, float64 excluded: the choice in one kernel, after one
+    for the logits of bf16 or of up to 64 tokens; the logits' gradients in another). None chooses. Raises ValueError for
+    another path.
     """
     if path is None:
-        path = "kernel" if x.dtype != torch.float64 and capability(x) > (0, 0) else "reference"
+        path = "kernel" if x.dtype != torch.float64 and capability(x)[0] > 0 else "reference"
     if path not in ("reference", "kernel"):
         raise ValueError(f"path: expected 'reference' or 'kernel', got {path!r}")
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if path == "kernel" and not wanted:
-        from abyssal.kernels import gate as kernels
-
-        ours = x.shape[0] <= FEW_TOKENS or x.dtype == weight.dtype == torch.bfloat16
-        pieces = kernels.logits(x.contiguous(), weight) if ours else linear(x.float(), weight.float())[None]
-        return kernels.choose(
-            pieces, bias, scoring, n_group, topk_group, top_k, norm_topk_prob, scaling, group_worth
+    if path == "kernel":
+        return _kernel(
+            x, weight, bias, scoring, n_group, topk_group, top_k, norm_topk_prob, scaling, group_worth
         )  # fmt: skip
     wide = torch.promote_types(x.dtype, torch.float32)
     logits = linear(x.to(wide), weight.to(wide))
     scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
-    if path == "kernel":
-        indices = kernel_indices(logits, bias, scoring, n_group, topk_group, top_k, group_worth)
-    else:
-        indices = pick(scores if bias is None else scores + bias, n_group, topk_group, top_k, group_worth)
+    indices = pick(scores if bias is None else scores + bias, n_group, topk_group, top_k, group_worth)
     weights = scores.gather(1, indices)
     if norm_topk_prob:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -66,11 +55,14 @@ def pick(biased: Tensor, n_group: int, topk_group: int, top_k: int, group_worth:
     return biased.topk(top_k, sorted=False).indices
 
 
-def kernel_indices(
-    logits: Tensor, bias: Tensor | None, scoring: str, n_group: int, topk_group: int, top_k: int, group_worth: str
-) -> Tensor:
-    """`pick` from float32 logits `[T, E]`, by the kernel; nothing here is differentiable."""
-    from abyssal.kernels.gate import choose
+def _kernel(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scoring: str, n_group: int, topk_group: int, top_k: int,
+    norm_topk_prob: bool, scaling: float, group_worth: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from abyssal.kernels import gate as kernels
+    from abyssal.kernels import gate_train
 
-    pieces = logits.detach()[None]
-    return choose(pieces, bias, scoring, n_group, topk_group, top_k, False, 1.0, group_worth, only_indices=True)[1]
+    rest = (scoring, n_group, topk_group, top_k, norm_topk_prob, scaling, group_worth)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return gate_train.gate(x, weight, bias, *rest)
+    return kernels.choose(gate_train.pieces_of_logits(x, weight), bias, *rest)

@@ -10,15 +10,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, path: str | None = None) -> 
     """x / sqrt(mean(x²) + eps) · weight, `[..., D]`; the mean in float32 or wider, the result in x's dtype.
 
     The normalised value is rounded to x's dtype before it is multiplied, as DeepSeek's and transformers' code do.
-    Paths: "reference" (differentiable), "triton" (one pass over memory, on a GPU where no gradient is asked for;
-    under torch.compile the reference, which it fuses as well). None chooses.
+    Paths: "reference", "triton" (on a GPU, one pass over memory forward and one backward, both deterministic; under
+    torch.compile without gradients the reference, which it fuses as well). None chooses.
     """
     if path is None:
         path = "triton" if _fits(x, weight) else "reference"
     if path == "triton":
-        from abyssal.kernels.norm import rms_norm as kernel
+        from abyssal.kernels import norm as kernels
 
-        return kernel(x, weight, eps)
+        learns = _learns(x, weight)
+        return kernels.trained_rms_norm(x, weight, eps)[0] if learns else kernels.rms_norm(x, weight, eps)
     if path != "reference":
         raise ValueError(f"path: expected 'reference' or 'triton', got {path!r}")
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
@@ -35,14 +36,22 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, path: str | None 
     if path is None:
         path = "triton" if _fits(x, weight, y) and x.dtype == y.dtype else "reference"
     if path == "triton":
-        from abyssal.kernels.norm import add_norm as kernel
+        from abyssal.kernels import norm as kernels
 
-        return kernel(x, y, weight, eps)
+        if _learns(x, weight, y):
+            total, out, _ = kernels.trained_add_norm(x, y, weight, eps)
+            return total, out
+        return kernels.add_norm(x, y, weight, eps)
     total = x + y
     return total, rms_norm(total, weight, eps, path)
 
 
+def _learns(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def _fits(x: Tensor, weight: Tensor, *more: Tensor) -> bool:
-    asked = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, *more))
+    if torch.compiler.is_compiling() and not _learns(x, weight, *more):
+        return False
     narrow = x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.shape[-1] <= 16384
-    return not (asked or torch.compiler.is_compiling()) and narrow and capability(x) > (0, 0)
+    return narrow and capability(x)[0] > 0

@@ -30,6 +30,7 @@ def error(out, exact):
 def test_loss_and_gradients(monkeypatch, tokens, width, vocab, dtype, tolerance) -> None:
     """Chunks of 128 tokens and a ragged last one; a vocabulary whose rows are not 16 bytes aligned."""
     monkeypatch.setattr(cross_entropy, "CHUNK_TOKENS", 128)
+    monkeypatch.setattr(cross_entropy, "HELD_LOGITS", 1)
     hidden, head, targets, weights = inputs(tokens, width, vocab, dtype)
     weights[0] = 0.7
     exact = [t.detach().double().requires_grad_() for t in (hidden, head)]
@@ -53,7 +54,7 @@ def test_the_same_each_time() -> None:
 
 
 def test_no_host_synchronisation_and_no_memory_of_all_logits() -> None:
-    leaves = inputs(16384, 256, 20000, torch.bfloat16)
+    leaves = inputs(65536, 256, 20000, torch.bfloat16)
     linear_cross_entropy(*leaves).backward()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -62,4 +63,4 @@ def test_no_host_synchronisation_and_no_memory_of_all_logits() -> None:
         linear_cross_entropy(*leaves).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert torch.cuda.max_memory_allocated() - before < 16384 * 20000 * 2 / 2
+    assert torch.cuda.max_memory_allocated() - before < 65536 * 20000 * 2 / 2

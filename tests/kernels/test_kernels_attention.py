@@ -9,6 +9,7 @@ from abyssal.kernels.attention_backward import KEYS, Buffers, attention_backward
 from abyssal.kernels.attention_join import beside, join, sum_heads
 from abyssal.ops.attention import attention
 from abyssal.ops.paged import cumulative
+from abyssal.ops.rotary import rotate
 
 
 def gradients(lens: list[int], H: int, N: int, R: int, V: int, seed: int) -> None:
@@ -29,11 +30,18 @@ def gradients(lens: list[int], H: int, N: int, R: int, V: int, seed: int) -> Non
         scores = scale * (scores + torch.einsum("thr,sr->hts", wide_q[a:b, :, N:], k_rope[a:b]))
         lse[:, a:b] = scores.masked_fill(torch.ones(b - a, b - a).triu(1).bool(), float("-inf")).logsumexp(-1)
     tensors = (d_out, q_nope, q_rope if R else None, k_nope, k_rope if R else None, v, out.detach(), lse, cu, scale)
-    buffers = Buffers(q_nope, T, H, N + R, V, len(lens), once=False).poison()
-    dq, dk, dk_rope, dv = attention_backward(*tensors, buffers=buffers)
-    found = [dq[..., :N], dq[..., N:], dk[..., :N], dk_rope, dv] if R else [dq, dk, dv]
+    buffers = Buffers(q_nope, T, H, N, R, V, len(lens), once=False).poison()
+    dq, dkv, dk_rope = attention_backward(*tensors, buffers=buffers)
+    dk, dv = dkv.split((N, V), -1)
+    found = [dq[..., :N], dq[..., N:], dk, dk_rope, dv] if R else [dq, dk, dv]
     for a, b in zip(found, expected):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4)
+    if R:
+        angles = torch.randn(T, R // 2, generator=g)
+        before = attention_backward(*tensors, angles=(angles.cos(), angles.sin()))[0]
+        torch.testing.assert_close(before[..., :N], expected[0], atol=2e-5, rtol=1e-4)
+        turned = rotate(expected[1], angles.cos(), -angles.sin(), path="reference")
+        torch.testing.assert_close(before[..., N:], turned, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("lens", [[5], [1, 0, 70], [0, 0, 3, 131, 0]])

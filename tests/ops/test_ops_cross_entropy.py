@@ -90,8 +90,11 @@ def test_an_unknown_path_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "tokens, width, chunk", [(1, 64, 1), (5000, 2048, 2560), (8192, 2048, 4096), (8192, 7168, 8192)]
-)
-def test_chunks_on_a_gpu_are_even(tokens, width, chunk) -> None:
-    """As many tokens as CHUNK_TOKENS, or as make the logits as large as the float32 gradient they are added to."""
-    assert cross_entropy._chunk_tokens(tokens, width) == chunk
+    "tokens, width, vocab, chunk",
+    [(1, 64, 9, 1), (5000, 2048, 150000, 2560), (8192, 2048, 150000, 4096), (8192, 7168, 150000, 8192),
+     (32768, 1024, 32768, 16384)],
+)  # fmt: skip
+def test_chunks_on_a_gpu_are_even(tokens, width, vocab, chunk) -> None:
+    """As many tokens as CHUNK_TOKENS, or as make the logits as large as the float32 gradient they are added to, or as
+    have HELD_LOGITS."""
+    assert cross_entropy._chunk_tokens(tokens, width, vocab) == chunk
