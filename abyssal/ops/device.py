@@ -1,10 +1,27 @@
 """What a tensor's device can run: paths are chosen by it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+# Of tensors that have no values, see `assumed`; of all others nobody reads it.
+_ASSUMED: ContextVar[tuple[int, int] | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assumed(generation: tuple[int, int]) -> Iterator[None]:
+    """Within this, fake tensors count as lying on a GPU of compute capability `generation`, wherever they are: what a
+    step would allocate there can be walked through on a machine that has none. Tensors with values are not touched."""
+    token = _ASSUMED.set(generation)
+    try:
+        yield
+    finally:
+        _ASSUMED.reset(token)
 
 
 def capability(x: Tensor) -> tuple[int, int]:
@@ -13,7 +30,26 @@ def capability(x: Tensor) -> tuple[int, int]:
     (0, 0) where kernels of `abyssal.kernels` cannot run: another kind of device, no Triton, or a device that is not
     there (fake tensors may name one).
     """
+    ghost = _assumed_of(x)
+    if ghost is not None:
+        return ghost
     return _capability(x.device.index) if x.device.type == "cuda" else (0, 0)
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether `x` lies on the CPU."""
+    return x.device.type == "cpu" and _assumed_of(x) is None
+
+
+def _assumed_of(x: Tensor) -> tuple[int, int] | None:
+    if torch.compiler.is_compiling():
+        return None
+    generation = _ASSUMED.get()
+    if generation is None:
+        return None
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return generation if isinstance(x, FakeTensor) else None
 
 
 @torch.compiler.assume_constant_result  # a graph is compiled for one device

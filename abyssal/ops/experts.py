@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from abyssal.ops.device import capability
+from abyssal.ops.device import capability, on_cpu
 from abyssal.ops.gated import gated
 from abyssal.ops.linear import adjoining, linear
 
@@ -61,7 +61,7 @@ def experts(
 
 
 def _chosen(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> str:
-    if x.device.type == "cpu":
+    if on_cpu(x):
         if not torch.compiler.is_compiling():
             return "loop"
         return "rowwise" if indices.numel() <= FEW_CHOICES else "opaque loop"

@@ -9,13 +9,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from abyssal.model.balance import Balance
-from abyssal.model.objective import LossScales, Microbatch, Objective, Totals
+from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.context import spread_context
 from abyssal.parallel.cut import cut
 from abyssal.parallel.mesh import DATA, STAGE, Mesh
-from abyssal.parallel.shard import Split, Splits, shard
+from abyssal.parallel.pipeline import Pipeline
+from abyssal.parallel.shard import Split, Splits, drop_gathered, shard
 from abyssal.parallel.tensor import spread_tensor
+
+
+def place(model: Transformer, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:
+    """The model on `device`, in `dtype`; left alone where it is so already, as `to` cannot be called on fake tensors."""
+    for p in model.parameters():
+        if p.device != device or (dtype is not None and p.dtype != dtype):
+            return model.to(device, dtype)
+    return model
 
 
 class Piece(NamedTuple):
@@ -36,13 +45,15 @@ class Spread:
 
     def __init__(
         self, model: Transformer, mesh: Mesh, device: torch.device, dtype: torch.dtype, reshard: bool = True,
-        wrap: Callable[[Transformer], None] = lambda model: None,
+        wrap: Callable[[Transformer], None] = lambda model: None, schedule: str = "1f1b", accumulate: int = 1,
     ) -> None:  # fmt: skip
+        """`accumulate`: the microbatches of a step, over all ranks; `schedule`: of a pipeline."""
         self.model, self.mesh, self.device = model, mesh, device
         self.wide = torch.promote_types(dtype, torch.float32)
-        model.to(device)
-        if dtype == torch.float64:
-            model.to(dtype)
+        self.pipeline: Pipeline | None = None
+        if mesh.shape.pp > 1:
+            self.pipeline = Pipeline(model, mesh, dtype, schedule, accumulate // mesh.shape.batches)
+        place(model, device, self.wide)
         self.splits: Splits = {}
         if mesh.shape.cp > 1:
             spread_context(model, mesh)
@@ -50,16 +61,23 @@ class Spread:
             self.splits |= spread_tensor(model, mesh)  # around what context parallel made of attention
         mesh.group("cp", "tp")  # made now: all ranks must take part, and stages come to `_whole` at other times
         wrap(model)
+        if self.pipeline is not None:
+            for stage in self.pipeline.build(self._whole):
+                shard(stage, stage.blocks, mesh, dtype, reshard and self.pipeline.reshards, self.splits)
+            return
         self.objective = Objective(model, self._whole)
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         shard(self.objective, blocks, mesh, dtype, reshard, self.splits)
 
     def parameters(self) -> list[Piece]:
-        """This rank's pieces, by the parameters' names in a whole model."""
+        """This rank's pieces, by the parameters' names in a whole model. Every piece has one owner in its stage, and every
+        parameter one stage."""
         owners = {id(p): self.splits.get(m) for m in self.model.modules() for p in m.parameters(recurse=False)}
+        copies = self.pipeline.copies() if self.pipeline is not None else set()
         return [
             Piece(name, p, cast(DTensor, p).to_local().detach(), owners[id(p)])
             for name, p in self.model.named_parameters()
+            if p not in copies
         ]
 
     def run(
@@ -68,18 +86,35 @@ class Spread:
         """Forward and backward over the microbatches of a step that this rank's `reader` reads, on the CPU; `collect`
         is called at the end. Returns the sums of loss, main loss, balance loss and the MTP modules' losses over all
         ranks, `[3 + modules]`."""
-        parts = []
         totals = Totals.of(microbatches, self._everywhere)
-        for micro in microbatches:
-            loss = self.objective(cut(micro, self.mesh).to(self.device), totals, scales)
-            loss.total.backward()
-            if balance.gates:
-                balance.observe(loss.routings, loss.live)
-            parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
+        if self.pipeline is not None:
+            local = [cut(micro, self.mesh).to(self.device) for micro in microbatches]
+            sums = self.pipeline.run(local, totals, scales, balance)
+        else:
+            parts = []
+            for micro in microbatches:
+                loss = self.objective(cut(micro, self.mesh).to(self.device), totals, scales)
+                loss.total.backward()
+                if balance.gates:
+                    balance.observe(loss.routings, loss.live)
+                parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
+            sums = torch.stack(parts).sum(0)
         collect()
-        sums = torch.stack(parts).sum(0)
-        dist.all_reduce(sums, group=self.mesh.group(*STAGE))
+        dist.all_reduce(sums, group=self.mesh.group("pp", *STAGE))
         return sums
+
+    def measure(self, micro: Microbatch) -> Measured:
+        """Of a batch that every rank has, on the CPU; the same on every rank."""
+        local = cut(micro, self.mesh).to(self.device)
+        if self.pipeline is not None:
+            found = self.pipeline.measure(local)
+        else:
+            found = self.objective.measure(local)
+            drop_gathered(self.objective)
+        if self.mesh.size("cp", "tp") > 1:
+            for sums in found:
+                dist.all_reduce(sums, group=self.mesh.group("cp", "tp"))
+        return found
 
     def norms(self, squares: Tensor) -> Tensor:
         """The norms by part and over all, `[parts + 1]`, from this rank's sums of squares by part: every number has one
@@ -93,7 +128,7 @@ class Spread:
 
     def of_all_gates(self, violation: Tensor) -> Tensor:
         """What is known of this rank's gates, of all gates."""
-        return violation
+        return violation if self.pipeline is None else self.pipeline.of_all_gates(violation)
 
     @property
     def reader(self) -> tuple[int, int]:

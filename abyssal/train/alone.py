@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from abyssal.model.balance import Balance
-from abyssal.model.objective import LossScales, Microbatch, Objective, Totals
+from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals
 from abyssal.model.transformer import Transformer
+from abyssal.parallel.spread import place
 from abyssal.train.config import TrainConfig
 from abyssal.train.optimizer import Kept
 from abyssal.train.wrap import wrap_blocks
@@ -23,9 +24,9 @@ class Alone:
 
     def __init__(self, model: Transformer, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
-        model.to(device)
+        place(model, device)
         wide = [p.detach().float().clone() for p in model.parameters()] if dtype == torch.bfloat16 else None
-        self.model = model.to(dtype)
+        self.model = place(model, device, dtype)
         self._masters = wide
         wrap_blocks(model, config)
         self.objective = Objective(model)
@@ -54,6 +55,10 @@ class Alone:
                 balance.observe(loss.routings, loss.live)
             parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
         return torch.stack(parts).sum(0)
+
+    def measure(self, micro: Microbatch) -> Measured:
+        """Of a batch on the CPU."""
+        return self.objective.measure(micro.to(self.device))
 
     def _here(self, sums: Tensor) -> Tensor:
         return sums.to(wide_of(self.dtype)).to(self.device, non_blocking=True)
