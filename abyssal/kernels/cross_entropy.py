@@ -47,6 +47,7 @@ def _loss_and_gradient(logits, targets, weights, losses, stride, vocab, GRADIENT
             tl.store(logits + at, share.to(logits.dtype.element_ty), mask=at < vocab)
 
 
+@torch.library.custom_op("abyssal::loss_and_gradient", mutates_args=("logits", "losses"))
 def loss_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, gradient: bool) -> None:
     """`losses[t] = -weights[t] · log softmax(logits[t])[targets[t]]`; with `gradient`, `logits` becomes its gradient.
 
@@ -61,6 +62,11 @@ def loss_and_gradient(logits: Tensor, targets: Tensor, weights: Tensor, losses: 
         logits, targets, weights, losses, logits.stride(0), vocab,
         GRADIENT=gradient, LANES=lanes, num_warps=16 if lanes >= 1024 else 4,
     )  # fmt: skip
+
+
+@loss_and_gradient.register_fake
+def _(logits: Tensor, targets: Tensor, weights: Tensor, losses: Tensor, gradient: bool) -> None:
+    return None
 
 
 def logits_buffer(tokens: int, head: Tensor) -> Tensor:
