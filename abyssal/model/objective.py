@@ -14,7 +14,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from abyssal.model.balance import Sequences, Whole, alone, auxiliary_loss, sequence_balance_loss
+from abyssal.model.balance import (
+    Sequences,
+    Whole,
+    alone,
+    auxiliary_loss,
+    expert_counts,
+    sequence_balance_loss,
+)
 from abyssal.model.experts import Routing
 from abyssal.model.packing import Packing, shift
 from abyssal.model.transformer import Transformer
@@ -140,6 +147,26 @@ class Predicted(NamedTuple):
     depths: list[int]  # a routing: the module it is of
 
 
+class Measured(NamedTuple):
+    """How well the main model predicts a batch, and what its gates decided. Sums add up over batches."""
+
+    nats: Tensor  # Σ weights · −log p, a scalar, float64
+    counts: Tensor  # [gates, E] int64: how often each picked each expert
+
+    @staticmethod
+    def of(model: Transformer, micro: Microbatch) -> "Measured":
+        states, routings = model.hidden(micro.tokens, micro.packing)
+        nats = linear_cross_entropy(states, model.head.weight, micro.targets[0], micro.weights[0])
+        return Measured(nats.double(), counts_of(model, routings, micro))
+
+
+def counts_of(model: Transformer, routings: Sequence[Routing], micro: Microbatch) -> Tensor:
+    """`[gates, E]` int64: how often each gate picked each expert."""
+    if routings:
+        return torch.stack([expert_counts(routing) for routing in routings])
+    return torch.zeros(0, model.config.n_routed_experts or 1, dtype=torch.int64, device=micro.tokens.device)
+
+
 class Objective(nn.Module):
     """The loss of a model over a microbatch: L = L_main + λ/D Σ_d L_d + α Σ_layers L_balance."""
 
@@ -159,6 +186,11 @@ class Objective(nn.Module):
             predicted.total + balance, predicted.main.detach(), [loss.detach() for loss in predicted.mtp],
             balance.detach(), routings, live_of(depths, micro),
         )  # fmt: skip
+
+    def measure(self, micro: Microbatch) -> Measured:
+        """The main model's predictions alone, without gradients."""
+        with torch.no_grad():
+            return Measured.of(self.model, micro)
 
 
 def prediction_losses(

@@ -10,7 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
 from abyssal.parallel.mesh import STAGE, Mesh
@@ -34,8 +39,9 @@ def holders(split: Split | None) -> tuple[str, ...]:
 def shard(
     root: nn.Module, blocks: list[nn.Module], mesh: Mesh, dtype: torch.dtype, reshard: bool, splits: Splits
 ) -> None:
-    """Shards `blocks`, then what else `root` has. With `reshard` a block's parameters are dropped after its forward
-    and gathered again for its backward (ZeRO-3), otherwise kept in between (ZeRO-2)."""
+    """Shards `blocks`, then what else `root` has, whose passes are `forward` and `measure`. With `reshard` a block's
+    parameters are dropped after its forward and gathered again for its backward (ZeRO-3), otherwise kept in between
+    (ZeRO-2)."""
     narrow = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(
         param_dtype=dtype if narrow else None, reduce_dtype=torch.float32 if narrow else None, cast_forward_inputs=False
@@ -47,11 +53,19 @@ def shard(
             fully_shard(modules, mesh=over, shard_placement_fn=_placement(over.size()), **options)
         fully_shard(block, mesh=mesh.over(*STAGE), shard_placement_fn=_placement(mesh.size(*STAGE)), **options)
     fully_shard(root, mesh=mesh.over(*STAGE), mp_policy=policy, reshard_after_forward=False)
+    register_fsdp_forward_method(root, "measure")
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # Losses are already divided by the step's totals: gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def drop_gathered(root: nn.Module) -> None:
+    """After a forward pass that no backward pass follows."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _units(block: nn.Module, splits: Mapping[nn.Module, Split]) -> dict[tuple[str, ...], list[nn.Module]]:

@@ -70,8 +70,8 @@ class Spread:
         shard(self.objective, blocks, mesh, dtype, reshard, self.splits)
 
     def parameters(self) -> list[Piece]:
-        """This rank's pieces, by the parameters' names in a whole model. Every piece has one owner in its stage, and every
-        parameter one stage."""
+        """This rank's pieces, by the parameters' names in a whole model; a parameter that two stages have is its
+        owner's."""
         owners = {id(p): self.splits.get(m) for m in self.model.modules() for p in m.parameters(recurse=False)}
         copies = self.pipeline.copies() if self.pipeline is not None else set()
         return [

@@ -124,7 +124,7 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
                     trainer.check()  # the only place where the host waits for a GPU
                 trainer.seconds += time.perf_counter() - start
                 if tells:
-                    measured = validator.measure(trainer.model, trainer.device) if validates else None
+                    measured = validator.measure(trainer.spread.measure) if validates else None
                     teller.tell(step, measured)
                 teller.advance()
                 if saves:

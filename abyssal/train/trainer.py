@@ -137,7 +137,9 @@ class Trainer:
         if config.mesh:
             mesh = Mesh(MeshShape.parse(config.mesh), self.device.type)
             wrap = partial(wrap_blocks, config=config)
-            self.spread = Spread(self.model, mesh, self.device, self.dtype, config.reshard, wrap)
+            self.spread = Spread(
+                self.model, mesh, self.device, self.dtype, config.reshard, wrap, config.schedule, config.accumulate
+            )
             self.optimizer = Optimizer([Kept(p.name, p.param, p.local) for p in self.spread.parameters()], config)
         else:
             self.spread = Alone(self.model, config, self.device, self.dtype)

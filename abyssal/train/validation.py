@@ -1,6 +1,7 @@
 """How well held-out text is predicted, in nats a token and in bits a byte."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,10 +9,7 @@ import torch
 from torch import Tensor
 
 from abyssal.data import Batch, Split, Tokenizer, TokenSet, validation_batches
-from abyssal.model.balance import expert_counts
-from abyssal.model.objective import Microbatch
-from abyssal.model.transformer import Transformer
-from abyssal.ops.cross_entropy import linear_cross_entropy
+from abyssal.model.objective import Measured, Microbatch
 
 
 @dataclass(frozen=True)
@@ -37,25 +35,20 @@ class Validator:
         self.batches = _first(token_set.split("validation"), most, batch_tokens, sequence)
         self._bytes_of = _bytes_of(Tokenizer.load(token_set.tokenizer), token_set)
 
-    @torch.no_grad()
-    def measure(self, model: Transformer, device: torch.device) -> Validation:
-        """A pass over the tokens. Losses are summed in float64."""
-        nats = torch.zeros((), dtype=torch.float64, device=device)
+    def measure(self, measured: Callable[[Microbatch], Measured]) -> Validation:
+        """A pass over the tokens, of which `measured` is what a batch, on the CPU, comes to. Losses are summed in
+        float64."""
+        found: list[Measured] = []
         tokens = size = 0
-        counts: list[Tensor] = []
         for batch in self.batches:
             micro = Microbatch.of(batch, 0)
             inside = micro.weights[0] > 0
             tokens += int(inside.sum())
             size += int(self._bytes_of[micro.targets[0][inside]].sum())
-            there = micro.to(device)
-            states, routings = model.hidden(there.tokens, there.packing)
-            head = model.head.weight.detach()
-            nats += linear_cross_entropy(states, head, there.targets[0], there.weights[0])
-            seen = [expert_counts(routing) for routing in routings]
-            counts = [a + b for a, b in zip(counts, seen)] if counts else seen
+            found.append(measured(micro))
+        total = float(sum(m.nats for m in found))
+        counts = torch.stack([m.counts for m in found]).sum(0) if found else torch.zeros(0, 1)
         load = [(c / c.double().mean()).tolist() for c in counts]
-        total = float(nats)
         return Validation(total / max(tokens, 1), total / math.log(2) / max(size, 1), tokens, size, load)
 
 

@@ -63,7 +63,7 @@ def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
     from abyssal.parallel.gather import whole
 
     return {
-        piece.name: whole(piece.param.grad.to_local(), piece, trainer.spread.mesh)
+        piece.name: whole(piece.param.grad.to_local(), piece, trainer.spread.mesh).clone()
         for piece in trainer.spread.parameters()
     }
 

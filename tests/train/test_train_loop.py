@@ -9,6 +9,7 @@ from rich.console import Console
 
 from abyssal.config import ConfigError
 from abyssal.data import Tokenizer
+from abyssal.model.objective import Objective
 from abyssal.model.transformer import Transformer
 from abyssal.train import NotFinite, TrainConfig, read_metrics, train
 from abyssal.train.state import newest_state, read_trainer
@@ -127,7 +128,7 @@ def test_bits_a_byte_of_a_model_that_knows_nothing(make_config, token_set):
     model = Transformer(make_config().model_settings()).init_weights()
     torch.nn.init.zeros_(model.head.weight)
     split = token_set.split("validation")
-    measured = Validator(token_set, 10**9, 64, 10**6).measure(model, torch.device("cpu"))
+    measured = Validator(token_set, 10**9, 64, 10**6).measure(Objective(model).measure)
     assert measured.loss == pytest.approx(math.log(320), rel=1e-6)
     # The batches of 64 cut documents: a token that begins a piece is not predicted, nor are its bytes counted.
     tokenizer = Tokenizer.load(token_set.tokenizer)
@@ -136,7 +137,7 @@ def test_bits_a_byte_of_a_model_that_knows_nothing(make_config, token_set):
     size = sum(len(tokenizer.token_bytes(t)) for t in predicted if t != tokenizer.eos_id)
     assert (measured.tokens, measured.bytes) == (len(predicted), size)
     assert measured.bits_per_byte == pytest.approx(math.log2(320) * len(predicted) / size, rel=1e-6)
-    whole = Validator(token_set, 10**9, 10**6, 10**6).measure(model, torch.device("cpu"))
+    whole = Validator(token_set, 10**9, 10**6, 10**6).measure(Objective(model).measure)
     firsts = sum(len(tokenizer.token_bytes(int(split.document(i)[0]))) for i in range(split.documents))
     assert whole.bytes + firsts == split.text_bytes
     part = Validator(token_set, 200, 64, 10**6)
