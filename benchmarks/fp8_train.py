@@ -38,7 +38,7 @@ from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp
 from abyssal.ops.gated import gated
 from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
-from abyssal.train.fp8 import apply_fp8, remove_fp8
+from abyssal.train.fp8 import LEAST, apply_fp8, remove_fp8
 from abyssal.train.optimizer import Optimizer
 from abyssal.train.trainer import Trainer
 
@@ -236,7 +236,7 @@ def train(kind: str, data: str, count: int, out: str) -> None:
         "decay_fraction": 0.5, "final_lr": 5e-5, "device": "cuda",
     })  # fmt: skip
     trainer = Trainer(config, config.model_settings(), TokenSet.open(Path(data)))
-    taken = apply_fp8(trainer.model) if kind == "fp8" else []
+    taken = apply_fp8(trainer.model, least=0) if kind == "fp8" else []
     if kind == "bf16 again":
         with torch.no_grad():
             for p in trainer.optimizer.masters:
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("what", choices=("maps", "steps", "loss", "train"))
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--shape", default="v3-dense", choices=SHAPES)
-    parser.add_argument("--least", type=int, default=512, help="smallest side of a map that is put in FP8")
+    parser.add_argument("--least", type=int, default=LEAST, help="see `apply_fp8`")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--data")

@@ -183,7 +183,7 @@ def round_gated_gradient(inner: Tensor, dh: Tensor, turned: bool) -> tuple[Tenso
     q, scale, t, t_scale = _gradient_room(inner, dh, turned)
     _round_gated_gradient[(scale.shape[0], q.shape[0] // 128)](
         inner, dh, q, scale, t, t_scale, *dh.shape, inner.stride(0), dh.stride(0), q.stride(0), scale.stride(0),
-        t.stride(0), t_scale.stride(0), TURNED=turned, num_warps=8,
+        t.stride(0), t_scale.stride(0), TURNED=turned, num_warps=8, maxnreg=128,
     )  # fmt: skip
     return q, scale, t, t_scale
 

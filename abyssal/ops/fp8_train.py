@@ -113,7 +113,7 @@ class _Linear(torch.autograd.Function):
         from abyssal.kernels import fp8_train as kernels
 
         weight, turned, turned_scale = ctx.saved_tensors
-        asked, learns, _ = ctx.needs_input_grad
+        asked, learns = _asked(ctx), ctx.needs_input_grad[1]
         dy, dx, dw = _lying(dy), None, None
         q, scale, dy_turned, dy_scale = kernels.round_rows(dy, learns)
         if asked:
@@ -155,7 +155,7 @@ class _MLP(torch.autograd.Function):
         del q, scale, turned, turned_scale
         q, scale, turned, turned_scale = kernels.round_gated_gradient(inner, dh, learns)
         del dh
-        if ctx.needs_input_grad[0]:
+        if _asked(ctx):
             dx = kernels.product(q, scale, *kernels.round_weights([w1, w3], True))[:tokens]
         if learns:
             both = kernels.product_of_rows(turned, turned_scale, x_turned, x_scale, _gradient(w1)).to(w1.dtype)
@@ -166,6 +166,11 @@ class _MLP(torch.autograd.Function):
 def _lying(x: Tensor) -> Tensor:
     """x, its rows contiguous."""
     return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _asked(ctx: Any) -> bool:
+    """Whether x's gradient is wanted. A compiler does not know it of what is between two maps, and says no."""
+    return bool(ctx.needs_input_grad[0]) or torch.compiler.is_compiling()
 
 
 def _cut(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:

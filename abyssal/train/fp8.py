@@ -12,6 +12,10 @@ from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8 import BLOCK
 from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp
 
+# What rounding costs grows with in + out, what FP8 gains with in · out. Below this quotient of the two it does not pay
+# on an H100 (docs/kernels.md).
+LEAST = 700
+
 
 class Fp8Linear(Linear):
     """A `Linear` whose products, forward and backward, are in FP8."""
@@ -27,9 +31,10 @@ class Fp8MLP(MLP):
         return fp8_train_mlp(x, self.w1.weight, self.w2.weight, self.w3.weight)
 
 
-def apply_fp8(model: Transformer, least: int = BLOCK) -> list[str]:
-    """Lets the maps within the blocks compute in FP8 where both their sizes are multiples of 128 and at least `least`;
-    returns the names of the modules that do. Before `fully_shard`, which makes classes of its own.
+def apply_fp8(model: Transformer, least: int = LEAST) -> list[str]:
+    """Lets the maps within the blocks compute in FP8 where both their sizes are multiples of 128 and in · out / (in +
+    out) is at least `least`; returns the names of the modules that do. Before `fully_shard`, which makes classes of
+    its own.
 
     Raises ValueError where a weight is FP8 already (it cannot be trained), or where no map is eligible.
     """
@@ -38,7 +43,8 @@ def apply_fp8(model: Transformer, least: int = BLOCK) -> list[str]:
             raise ValueError(f"{name}.weight: expected a weight to train, got FP8 with scales")
     taken = _take("layers", model.layers, least) + _take("mtp", model.mtp, least)
     if not taken:
-        raise ValueError(f"fp8: no map of the model has sizes that are multiples of {BLOCK} and at least {least}")
+        sizes = f"multiples of {BLOCK} with in · out / (in + out) of {least} or more"
+        raise ValueError(f"fp8: no map of the model has sizes that are {sizes}")
     return taken
 
 
@@ -61,4 +67,5 @@ def _take(name: str, module: nn.Module, least: int) -> list[str]:
 
 
 def _fits(module: Linear, least: int) -> bool:
-    return all(size % BLOCK == 0 and size >= least for size in module.weight.shape)
+    outputs, inputs = module.weight.shape
+    return not (outputs % BLOCK or inputs % BLOCK) and outputs * inputs >= least * (outputs + inputs)
