@@ -205,17 +205,15 @@ def _kernel(
 
 
 def supports(q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor) -> bool:
-    """Whether the kernel takes these.
+    """Whether the kernel takes these, on Hopper.
 
-    Hopper; one 16-bit dtype; both rotary tensors or neither; H a multiple of G; widths that are multiples of 8, V at
+    One 16-bit dtype; both rotary tensors or neither; H a multiple of G; widths that are multiples of 8, V at
     most 256, and N and R, each rounded up to a multiple of 64, at most 256 together.
     """
     present = [t for t in (q_nope, q_rope, k_nope, k_rope, v) if t is not None]
     N, R, V = q_nope.shape[-1], 0 if q_rope is None else q_rope.shape[-1], v.shape[-1]
     return (
-        v.is_cuda
-        and torch.cuda.get_device_capability(v.device)[0] == 9
-        and v.dtype in (torch.bfloat16, torch.float16)
+        v.dtype in (torch.bfloat16, torch.float16)
         and all(t.dtype == v.dtype for t in present)
         and (q_rope is None) == (k_rope is None)
         and q_nope.shape[1] % k_nope.shape[1] == 0
