@@ -69,15 +69,46 @@ def train(
     settings: Annotated[
         list[str] | None, typer.Argument(help="KEY=VALUE or model.KEY=VALUE, as many as wanted.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest state.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest state; begin where there is none.")
+    ] = False,
+    mesh: Annotated[
+        str | None, typer.Option(help="Ranks by axis: dp=2,ep=2 of pp, dp, ep, cp and tp; under torchrun.")
+    ] = None,
 ) -> None:
-    """Train a model, with progress, states to resume from, metrics and a picture at the end."""
+    """Train a model, with progress, states to resume from, metrics and a picture at the end.
+
+    On many devices: torchrun --nproc-per-node 4 -m abyssal train RUN --mesh dp=2,ep=2. A run may be resumed on another
+    mesh, or without one. With torchrun's --max-restarts give --resume: a run that lost a rank then goes on by itself.
+    """
+    from abyssal.parallel.mesh import leave
     from abyssal.train import TrainConfig
     from abyssal.train import train as run_training
 
-    result = run_training(TrainConfig.read(run, settings or ()), resume=resume)
+    named = [] if mesh is None else [f"mesh={json.dumps(mesh)}"]
+    result = run_training(TrainConfig.read(run, [*(settings or ()), *named]), resume=resume)
+    leave()
     if result.interrupted is not None:
         raise typer.Exit(128 + result.interrupted)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run's folder, for its newest state, or a state's folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, in the public format.")],
+) -> None:
+    """Write a state as a model in the public format, a tensor at a time, however many ranks wrote it."""
+    from abyssal.train.export import export as export_state
+    from abyssal.train.export import tokenizer_of
+
+    console = Console()
+    with Console(stderr=True).status(f"exporting {source}"):
+        state = export_state(source, out)
+    tokenizer = tokenizer_of(state)
+    if tokenizer is not None:
+        tokenizer.save(out)
+    told = "" if tokenizer is not None else "; without its tokenizer, whose tokens are gone"
+    console.print(f"model: {out}, of {state}{told}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -275,7 +306,7 @@ def bench_training(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences of a microbatch. [default: 16, or 4 on a CPU]")] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens of one. [default: 2048, or 128 on a CPU]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps timed. [default: 20, or 3 on a CPU]", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps timed. [default: 20, or 10 on a CPU]", min=1)] = None,
     only: Annotated[str | None, typer.Option(help="Only rows with one of these in their names, with commas.")] = None,
     peer: Annotated[bool, typer.Option(help="Time transformers and torchtitan, too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="One row of ours, one of transformers.")] = False,
@@ -412,6 +443,7 @@ def _costs(totals: "Totals") -> Table:
 
 def main() -> None:
     """The command line. An error that names its cause is one line and exit code 2; others are tracebacks."""
+    from abyssal.config import ConfigError
     from abyssal.train.diagnose import NotFinite
 
     try:
@@ -419,6 +451,8 @@ def main() -> None:
     except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotFinite) as error:
         if os.environ.get("ABYSSAL_TRACEBACK"):
             raise
+        if isinstance(error, ConfigError | FileExistsError | NotFinite) and os.environ.get("RANK", "0") != "0":
+            sys.exit(2)  # what every rank found is told once
         Console(stderr=True).print(f"abyssal: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

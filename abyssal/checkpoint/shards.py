@@ -1,7 +1,7 @@
 """One safetensors file: its header, its tensors, and how to write one without a second copy in memory."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -107,8 +107,11 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.nbytes for t in tensors)
 
 
-def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor], stamp: str) -> None:
-    """Writes a whole safetensors file, a tensor at a time. Views of larger tensors are written as they lie.
+def write_shard(
+    file: BinaryIO, tensors: Mapping[str, Tensor], stamp: str, read: Callable[[str], Tensor] | None = None
+) -> None:
+    """Writes a whole safetensors file, a tensor at a time. Views of larger tensors are written as they lie. With `read`
+    the values are its, and `tensors` only says shapes and dtypes.
 
     Raises CheckpointError for a dtype that the format's readers of this family do not know.
     """
@@ -128,7 +131,7 @@ def write_shard(file: BinaryIO, tensors: Mapping[str, Tensor], stamp: str) -> No
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in order:
-        flat = tensors[name].detach().cpu().contiguous().flatten()
+        flat = (tensors[name] if read is None else read(name)).detach().cpu().contiguous().flatten()
         file.write(flat.view(torch.uint8).numpy().data)
 
 

@@ -29,8 +29,13 @@ _OURS = re.compile(r"model-.*\d{5}-of-\d{5}\.safetensors|\..+\.[0-9a-f]{16}\.tmp
 _COMPANIONS = ("*.json", "*.jinja", "tiktoken.model", "tokenizer.model", "vocab.txt", "merges.txt")
 
 
-def save(model: Transformer, path: str | Path, max_shard_bytes: int = _SHARD_BYTES) -> None:
+def save(
+    model: Transformer, path: str | Path, max_shard_bytes: int = _SHARD_BYTES,
+    read: Callable[[str], Tensor] | None = None,
+) -> None:  # fmt: skip
     """Writes a public-format folder: config.json, and one `model.safetensors` or shards with an index.
+
+    `read`: where the model is on the meta device, gives its tensors by their public names, one at a time.
 
     What `load` read, this writes back bit for bit: tensors, dtypes and configuration. A model that was read from FP8
     and dequantised is saved without `quantization_config`, and a UserWarning says so. The tokenizer's and other
@@ -60,11 +65,11 @@ def save(model: Transformer, path: str | Path, max_shard_bytes: int = _SHARD_BYT
         _write(pending, stamp, lambda file: file.write(config))
         _copy_companions(stored, folder, stamp)
         if target.name == SINGLE:
-            _force(staged, lambda file: write_shard(file, shards[0], stamp))
+            _force(staged, lambda file: write_shard(file, shards[0], stamp, read))
         else:
             for name, shard in zip(names, shards, strict=True):
                 placed.append(folder / name)
-                _write(folder / name, stamp, lambda file, shard=shard: write_shard(file, shard, stamp))  # type: ignore[misc]
+                _write(folder / name, stamp, lambda file, shard=shard: write_shard(file, shard, stamp, read))  # type: ignore[misc]
             index = _index_json(names, shards, stamp)
             _force(staged, lambda file: file.write(index))
         sync(folder)

@@ -60,6 +60,11 @@ class MeshShape:
         return math.prod(self.sizes)
 
     @property
+    def launcher(self) -> str:
+        """How a process for every rank is started, on one host."""
+        return f"torchrun --nproc-per-node {self.ranks} -m abyssal"
+
+    @property
     def batches(self) -> int:
         """Ranks that read different batches."""
         return self.dp * self.ep
@@ -76,6 +81,7 @@ class Mesh:
         self.shape = shape
         self.whole = init_device_mesh(device_type, shape.sizes, mesh_dim_names=AXES)
         self._parts: dict[tuple[str, ...], DeviceMesh] = {}
+        self._drawn: dict[str, DeviceMesh] = {}
 
     def over(self, *axes: str) -> DeviceMesh:
         """The one-dimensional mesh of the ranks that differ from this one on these axes alone, in AXES' order."""
@@ -90,6 +96,17 @@ class Mesh:
             else:
                 self._parts[key] = self.whole[key]._flatten("_".join(key))
         return self._parts[key]
+
+    def drawn(self, axis: str | None) -> DeviceMesh:
+        """The ranks of this stage, `[axis, the others]`, or all in a row; without process groups: it only says who has
+        what."""
+        key = axis or ""
+        if key not in self._drawn:
+            stage = self.whole.mesh[self.place("pp")]  # [dp, ep, cp, tp]
+            first = STAGE.index(axis) if axis else 0
+            ranks = stage.movedim(first, 0).flatten(1) if axis else stage.flatten()
+            self._drawn[key] = DeviceMesh("cpu", ranks, _init_backend=False)
+        return self._drawn[key]
 
     def group(self, *axes: str) -> dist.ProcessGroup:
         """The process group of `over(*axes)`."""
@@ -121,3 +138,9 @@ def start(device: torch.device) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
     return device
+
+
+def leave() -> None:
+    """Parts from the other ranks, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

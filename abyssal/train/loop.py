@@ -2,23 +2,30 @@
 
 import signal
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from abyssal.data import Tokenizer
 from abyssal.data.tokenizer import write_file
+from abyssal.model.transformer import Transformer
 from abyssal.ops.startup import announced
+from abyssal.parallel.accord import Accord
+from abyssal.parallel.check import check_mesh
+from abyssal.parallel.mesh import MeshShape, start
 from abyssal.train.config import SAVED, TrainConfig
 from abyssal.train.corpus import open_corpus
 from abyssal.train.diagnose import NotFinite
+from abyssal.train.export import export
 from abyssal.train.metrics import Record, read_metrics
 from abyssal.train.picture import draw_curves
 from abyssal.train.signals import StopSignals
 from abyssal.train.state import newest_state, prune_states, read_trainer, state_folder
 from abyssal.train.tell import Teller
-from abyssal.train.trainer import Trainer
+from abyssal.train.trainer import Trainer, resolve_device
 from abyssal.train.validation import Validator
 from abyssal.train.wrap import unwrapped
 
@@ -50,11 +57,15 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
     `out` has a run and `resume` is false; NotFinite, the state before the step saved in `out/state-nan`, if a loss
     or a gradient is not finite.
     """
-    console = console or Console()
     config = config.anchored()
     model = config.model_settings()
+    check_mesh(config, model)
+    if config.mesh:
+        start(resolve_device(config)[0])
+    accord = Accord(bool(config.mesh))
+    console = (console or Console()) if accord.first else Console(quiet=True)
     out, states = config.out, config.out / STATES
-    newest = newest_state(states)
+    newest: Path | None = accord.told(newest_state(states))
     if newest is not None and not resume:
         raise FileExistsError(f"{out}: has a run, saved after step {_step_of(newest)}; resume it ({_again(config)}), "
                               "name another folder with out=FOLDER, or remove this one")  # fmt: skip
@@ -64,19 +75,25 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
     if newest is not None:
         before = read_trainer(newest)["config"]
         made = all(before[key] == config.to_dict()[key] for key in ("data", "tokenizer", "data_max_bytes"))
-    token_set = open_corpus(config, model, console, made)
-    trainer = Trainer(config, model, token_set)
+    if not accord.first:
+        accord.wait()  # for the first rank, which may have to make the tokens
+    token_set = open_corpus(config, model, console, made or not accord.first)
+    if accord.first:
+        accord.wait()
+    trainer = Trainer(config, model, token_set, accord)
     if newest is not None:
         for difference in trainer.restore(newest):
             console.print(f"{difference}: the curve may differ in its last bits", highlight=False)
         console.print(f"resuming after step {trainer.done}", highlight=False)
     elif resume:
         console.print(f"{out} has no state yet: beginning", highlight=False, soft_wrap=True)
-    write_file(out / SAVED, (config.model_dump_json(indent=2) + "\n").encode())
-    count = sum(p.numel() for p in trainer.model.parameters())
+    if accord.first:
+        write_file(out / SAVED, (config.model_dump_json(indent=2) + "\n").encode())
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Transformer(model).parameters())
     split = token_set.split("train")
     console.print(
-        f"{count / 1e6:.1f}M parameters in {trainer.dtype} on {trainer.device}; {split.tokens:,} tokens in "
+        f"{count / 1e6:.1f}M parameters in {trainer.dtype} on {_where(trainer)}; {split.tokens:,} tokens in "
         f"{split.documents:,} documents, {config.batch_tokens * config.accumulate:,} a step",
         highlight=False,
         soft_wrap=True,
@@ -89,55 +106,72 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
                       f"{_again(config)}", highlight=False, soft_wrap=True)  # fmt: skip
         return RunResult(out, trainer.done, trainer.seconds, None, out / METRICS, None, last, interrupted)
 
-    with unwrapped(trainer.model):
-        trainer.model.save(out / MODEL)
-    Tokenizer.load(token_set.tokenizer).save(out / MODEL)
-    draw_curves(records, out / CURVES, f"{config.model}: {count / 1e6:.1f}M parameters")
-    for name, path in (("model", MODEL), ("metrics", METRICS), ("curves", CURVES)):
-        console.print(f"{name + ':':9}{out / path}", highlight=False, soft_wrap=True)
+    if accord.first:
+        if config.mesh:
+            export(states, out / MODEL)
+        else:
+            with unwrapped(trainer.model):
+                trainer.model.save(out / MODEL)
+        Tokenizer.load(token_set.tokenizer).save(out / MODEL)
+        draw_curves(records, out / CURVES, f"{config.model}: {count / 1e6:.1f}M parameters")
+        for name, path in (("model", MODEL), ("metrics", METRICS), ("curves", CURVES)):
+            console.print(f"{name + ':':9}{out / path}", highlight=False, soft_wrap=True)
+    accord.wait()
     return RunResult(out, trainer.done, trainer.seconds, out / MODEL, out / METRICS, out / CURVES, last, None)
 
 
 def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
     """Takes the steps that are left. Returns the signal that ended it before the last one."""
-    config, states = trainer.config, trainer.config.out / STATES
-    states.mkdir(exist_ok=True)
-    prune_states(states, config.keep_states)
+    config, states, accord = trainer.config, trainer.config.out / STATES, trainer.accord
+    if accord.first:
+        states.mkdir(exist_ok=True)
+        prune_states(states, config.keep_states)
     validator = Validator(trainer.token_set, config.validation_tokens, config.batch_tokens, config.sequence)
-    teller = Teller(trainer, config.out / METRICS, console)
+    teller = Teller(trainer, config.out / METRICS, console) if accord.first else None
+    saved = trainer.done  # the step of the latest state, which may be on its way
 
     def save() -> None:
-        teller.metrics.sync()
-        trainer.save(state_folder(states, trainer.done))
-        prune_states(states, config.keep_states)
+        nonlocal saved
+        if teller is not None:
+            teller.metrics.sync()
+        trainer.save(state_folder(states, trainer.done), lambda: prune_states(states, config.keep_states))
+        saved = trainer.done
 
     try:
-        with StopSignals() as stop, trainer.stream() as stream, teller, announced(console.print):
-            while trainer.done < config.steps and stop.received is None:
+        with StopSignals() as stop, trainer.stream() as stream, teller or nullcontext(), announced(console.print):
+            wish = accord.stop(stop.received)
+            while trainer.done < config.steps and wish is None:
                 start = time.perf_counter()
                 step = trainer.step(next(stream))
                 last = trainer.done == config.steps
                 validates = last or trainer.done % config.validate_every == 0
                 saves = last or trainer.done % config.save_every == 0
                 tells = validates or trainer.done % config.log_every == 0
-                if tells or saves or stop.received is not None:
+                if tells or saves:
                     trainer.check()  # the only place where the host waits for a GPU
                 trainer.seconds += time.perf_counter() - start
-                if tells:
-                    measured = validator.measure(trainer.spread.measure) if validates else None
-                    teller.tell(step, measured)
-                teller.advance()
+                measured = validator.measure(trainer.spread.measure) if validates else None
+                if teller is not None:
+                    if tells:
+                        teller.tell(step, measured)
+                    teller.advance()
                 if saves:
                     save()
-            if trainer.done < config.steps and newest_state(states) != state_folder(states, trainer.done):
-                save()
-            return stop.received if trainer.done < config.steps else None
+                wish = accord.stop(stop.received)
+            if trainer.done < config.steps:
+                trainer.check()
+                if saved != trainer.done or newest_state(states) is None:
+                    save()
+            trainer.saved()
+            return wish if trainer.done < config.steps else None
     except NotFinite as error:
-        saved = config.out / STATE_NAN
-        trainer.save(saved)
-        raise NotFinite(f"{error}. The state before this step is in {saved}") from None
+        folder = config.out / STATE_NAN
+        trainer.save(folder)
+        trainer.saved()
+        raise NotFinite(f"{error}. The state before this step is in {folder}") from None
     finally:
-        teller.close()
+        if teller is not None:
+            teller.close()
 
 
 def _tell(config: TrainConfig, console: Console) -> None:
@@ -145,8 +179,13 @@ def _tell(config: TrainConfig, console: Console) -> None:
         console.print(f"{key:22}{value}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _where(trainer: Trainer) -> str:
+    mesh = trainer.config.mesh
+    return f"{trainer.ranks} ranks ({mesh}), {trainer.device.type}" if mesh else str(trainer.device)
+
+
 def _again(config: TrainConfig) -> str:
-    return f"abyssal train {config.out} --resume"
+    return f"{MeshShape.parse(config.mesh).launcher if config.mesh else 'abyssal'} train {config.out} --resume"
 
 
 def _step_of(state: Path) -> int:

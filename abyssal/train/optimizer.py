@@ -121,6 +121,9 @@ class Optimizer:
         adamw.grad_scale, adamw.found_inf = scale, stopped  # type: ignore[attr-defined]
         adamw.step()
         self.drop_gradients()
+        self._copy_back()
+
+    def _copy_back(self) -> None:
         if self._copied:
             torch._foreach_copy_([p for p, _ in self._copied], [m for _, m in self._copied])
 
@@ -143,7 +146,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what `state` gave. Raises KeyError for a parameter that there is not."""
+        """Takes what `state` gave; masters may be there already. Raises KeyError for a parameter that there is not."""
         masters = dict(zip(self.names, self.masters, strict=True))
         owners = {p: o for o in self.optimizers for group in o.param_groups for p in group["params"]}
         for key, value in tensors.items():
@@ -153,6 +156,7 @@ class Optimizer:
                 p.copy_(value)
             else:
                 owners[p].state[p][kind] = value.to(p.device, copy=True)
+        self._copy_back()
 
 
 def _matrices(names: Sequence[str], masters: Sequence[Tensor]) -> set[str]:

@@ -1,32 +1,36 @@
 """Model, optimizer, data and balance of a run, and one optimizer step with them."""
 
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import abyssal
+from abyssal.checkpoint.distributed import StateWriter
 from abyssal.config import ConfigError, ModelConfig
 from abyssal.data import TokenSet
 from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Microbatch
 from abyssal.model.transformer import Transformer
 from abyssal.parallel import Mesh, MeshShape, Spread
+from abyssal.parallel.accord import Accord
 from abyssal.parallel.mesh import start
+from abyssal.parallel.state import described
 from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
-from abyssal.train.diagnose import NotFinite, first_not_finite
+from abyssal.train.diagnose import NotFinite, first_gradient, first_not_finite, watched
 from abyssal.train.lanes import Lanes
 from abyssal.train.optimizer import Kept, Optimizer
 from abyssal.train.parts import PARTS
 from abyssal.train.schedule import bias_speed, learning_rate, mtp_weight
-from abyssal.train.state import load_state, read_trainer, save_state
-from abyssal.train.wrap import wrap_blocks
+from abyssal.train.state import Part, begin_state, load_state, read_trainer, save_state, whole
+from abyssal.train.wrap import unwrapped, wrap_blocks
 
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
 FREE = {
@@ -118,7 +122,10 @@ class Trainer:
     Raises ConfigError naming the key for settings that do not fit the model.
     """
 
-    def __init__(self, config: TrainConfig, model: ModelConfig, token_set: TokenSet) -> None:
+    def __init__(
+        self, config: TrainConfig, model: ModelConfig, token_set: TokenSet, accord: Accord | None = None
+    ) -> None:
+        """`accord`: that of the run's ranks, where there is one already."""
         if config.sequence > model.max_position_embeddings:
             raise ConfigError(
                 f"sequence: {config.sequence}, the model's max_position_embeddings is {model.max_position_embeddings}"
@@ -134,13 +141,19 @@ class Trainer:
         # Always initialised on the CPU and in float32, so that a seed means one model everywhere.
         self.model = Transformer(model).init_weights(generator)
         self.spread: Alone | Spread
+        self.accord = accord or Accord(bool(config.mesh))
+        self._writer: StateWriter | None = None
+        self._part: Part = whole
         if config.mesh:
             mesh = Mesh(MeshShape.parse(config.mesh), self.device.type)
             wrap = partial(wrap_blocks, config=config)
             self.spread = Spread(
                 self.model, mesh, self.device, self.dtype, config.reshard, wrap, config.schedule, config.accumulate
             )
-            self.optimizer = Optimizer([Kept(p.name, p.param, p.local) for p in self.spread.parameters()], config)
+            pieces = {p.name: p for p in self.spread.parameters()}
+            self.optimizer = Optimizer([Kept(p.name, p.param, p.local) for p in pieces.values()], config)
+            self._part = lambda name, local: described(local, pieces[name], mesh)
+            self._writer = StateWriter(dist.new_group(backend="gloo"), self.device)
         else:
             self.spread = Alone(self.model, config, self.device, self.dtype)
             self.optimizer = Optimizer(self.spread.parameters(), config)
@@ -190,13 +203,28 @@ class Trainer:
             return
         self._bad.zero_()
         micros = microbatches or self.lanes.step(number)
-        loss = float(self._gradients(micros, number)[0])
+        # The model of a mesh runs only as a step runs it, so it is watched there.
+        with unwrapped(self.model), watched(self.model) as found:
+            loss = float(self._gradients(micros, number)[0])
         norm = float(self.spread.norms(self.optimizer.squares())[-1])
-        where = first_not_finite(self.model, [m.to(self.device) for m in micros], self.optimizer.gradients())
+        if isinstance(self.spread, Alone):
+            where = first_not_finite(self.model, [m.to(self.device) for m in micros], self.optimizer.gradients())
+        else:
+            where = self._first_of_all(found)
         self.optimizer.drop_gradients()
         self.balance.counts.zero_()
         self.done = number - 1
         raise NotFinite(f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; first: {where}")
+
+    def _first_of_all(self, found: list[str]) -> str:
+        """What is not finite first on any rank, in words, the same on all; `found`: modules on this one."""
+        order = [name for name, _ in self.model.named_modules()]
+        mine = (order.index(found[0]), f"the output of {found[0]}") if found else None
+        outputs = [what for what in self.accord.all(mine) if what is not None]
+        if outputs:
+            return min(outputs)[1]
+        gradients = self.accord.all(first_gradient(self.optimizer.gradients()))
+        return next((what for what in gradients if what.startswith("the gradient of")), gradients[0])
 
     def _gradients(self, microbatches: Sequence[Microbatch], number: int) -> Tensor:
         """Forward and backward over a step's microbatches; the sums of its losses."""
@@ -204,9 +232,20 @@ class Trainer:
         scales = LossScales(mtp_weight(c, number), c.sequence_balance, c.auxiliary_balance)
         return self.spread.run(microbatches, scales, self.optimizer.collect, self.balance)
 
-    def save(self, folder: Path) -> None:
-        """Writes the state after `done` steps."""
-        save_state(folder, self.model, self.optimizer, self._identity() | {"seconds": self.seconds})
+    def save(self, folder: Path, then: Callable[[], None] = lambda: None) -> None:
+        """Writes the state after `done` steps; the first rank calls `then` when it is there. Of many ranks each writes
+        its part while the run goes on: `saved` waits for it."""
+        about = self._identity() | {"seconds": self.seconds}
+        if self._writer is None:
+            save_state(folder, self.model, self.optimizer, about)
+            then()
+        else:
+            begin_state(self._writer, folder, self.model, self.optimizer, self._part, about, then)
+
+    def saved(self) -> None:
+        """Returns when no state is being written. Raises what went wrong with the last one."""
+        if self._writer is not None:
+            self._writer.wait()
 
     def restore(self, folder: Path) -> list[str]:
         """Goes on from a state. Returns what makes the curve differ in its last bits, in words.
@@ -220,12 +259,14 @@ class Trainer:
                 if before.get(key) != after.get(key) and not (group == "config" and key in FREE):
                     raise ConfigError(
                         f"{prefix}{key}: was {before.get(key)!r} and is {after.get(key)!r}; a run is resumed with "
-                        f"the settings it began with; only log_every, save_every, keep_states and paths may change"
+                        f"the settings it began with; only log_every, save_every, keep_states, mesh, reshard, schedule "
+                        f"and paths may change"
                     )
-        load_state(folder, self.model, self.optimizer)
+        load_state(folder, self.model, self.optimizer, self._part)
         self.done, self.seconds = then["step"], then["seconds"]
-        names = sorted(key for key in now["made_by"] if then["made_by"].get(key) != now["made_by"][key])
-        return [f"{key} was {then['made_by'].get(key)} and is {now['made_by'][key]}" for key in names]
+        before, after = then["made_by"], now["made_by"]
+        names = sorted(key for key in after if (before.get(key) or None) != (after[key] or None))
+        return [f"{key} was {before.get(key) or 'none'} and is {after[key] or 'none'}" for key in names]
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -236,6 +277,7 @@ class Trainer:
             "machine": {"device": self.device.type, "dtype": str(self.dtype).removeprefix("torch.")},
             "made_by": {
                 "abyssal": abyssal.__version__,
+                "mesh": self.config.mesh,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "threads": torch.get_num_threads(),

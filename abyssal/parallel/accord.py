@@ -1,0 +1,56 @@
+"""What the ranks of a run settle between them, on the CPU and without waiting for a GPU."""
+
+import signal
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = timedelta(days=1)  # the first rank may be making tokens, or writing a model
+
+
+class Accord:
+    """One process agrees with itself; of several, each makes the same calls in the same order."""
+
+    def __init__(self, several: bool) -> None:
+        """`several`: the process group is there, and all of its ranks make one."""
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self.first = not several or dist.get_rank() == 0
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def stop(self, mine: signal.Signals | None) -> signal.Signals | None:
+        """The signal on which every rank is to stop now, given the one that this rank received; asked before each
+        step. One rank's is heard by all at the step after: the answer travels while a step is taken."""
+        if self._group is None:
+            return mine
+        answer = 0
+        if self._asked is not None:
+            work, asked = self._asked
+            work.wait()
+            answer = int(asked)
+        wish = torch.tensor(int(mine or 0))
+        self._asked = (dist.all_reduce(wish, dist.ReduceOp.MAX, group=self._group, async_op=True), wish)
+        return signal.Signals(answer) if answer else None
+
+    def told(self, value: Any) -> Any:
+        """The first rank's `value`."""
+        if self._group is None:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, group_src=0, group=self._group)
+        return values[0]
+
+    def all(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in their order."""
+        if self._group is None:
+            return [value]
+        values: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def wait(self) -> None:
+        """Returns when every rank is here."""
+        if self._group is not None:
+            dist.barrier(self._group)

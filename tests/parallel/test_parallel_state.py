@@ -1,0 +1,222 @@
+"""States of many ranks: resumed on another mesh the curve is the same; what is damaged is told by its file."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors import safe_open
+from steps import settings
+from torch import Tensor
+
+import abyssal
+from abyssal.checkpoint import CheckpointError
+from abyssal.checkpoint.distributed import FILES, StateFiles
+from abyssal.data import TokenSet
+from abyssal.train.export import export
+from abyssal.train.state import load_state, newest_state
+from abyssal.train.trainer import Trainer
+
+LEGS = (3, 6, 9)  # steps after which a run is stopped, saved and resumed on another mesh
+
+
+class Leg(NamedTuple):
+    losses: list[tuple[float, ...]]
+    told: list[str]  # what may make the curve differ
+
+
+def open_run(tokens: Path, out: Path, mesh: str, **changes: Any) -> Trainer:
+    config = settings(tokens, out, mesh, {}, **({"steps": LEGS[-1]} | changes))
+    return Trainer(config, config.model_settings(), TokenSet.open(config.data))
+
+
+def take(trainer: Trainer, until: int) -> list[tuple[float, ...]]:
+    losses = []
+    with trainer.stream() as stream:
+        while trainer.done < until:
+            step = trainer.step(next(stream))
+            losses.append((step.loss, step.main_loss, step.balance_loss, *step.mtp_losses, step.grad_norm))
+    return losses
+
+
+def leg(tokens: Path, out: Path, mesh: str, start: Path | None, until: int, target: Path, **changes: Any) -> Leg:
+    """From a state, or the beginning, to step `until`, whose state is saved; a step more is taken while it is."""
+    trainer = open_run(tokens, out, mesh, **changes)
+    told = [] if start is None else trainer.restore(start)
+    losses = take(trainer, until)
+    trainer.save(target)
+    take(trainer, min(until + 1, LEGS[-1]))
+    trainer.saved()
+    return Leg(losses, told)
+
+
+def on_mesh(ranks: int, *arguments: Any) -> list[Leg]:
+    return on_ranks(ranks, leg, *arguments) if ranks > 1 else [leg(*arguments)]
+
+
+class Alone(NamedTuple):
+    losses: list[tuple[float, ...]]
+    states: Path  # of one process, after every leg
+
+
+@pytest.fixture(scope="session")
+def alone(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    folder = tmp_path_factory.mktemp("alone")
+    trainer = open_run(tokens, folder, "")
+    losses = []
+    for until in LEGS:
+        losses += take(trainer, until)
+        trainer.save(folder / f"step-{until}")
+    return Alone(losses, folder)
+
+
+def same(ours: list[tuple[float, ...]], theirs: list[tuple[float, ...]]) -> None:
+    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+
+
+def contents(state: Path) -> dict[str, Tensor]:
+    files = StateFiles(state)
+    found = {}
+    for name in files.names():
+        shape = files.shape(name)
+        found[name] = files.rows(name, 0, shape[0] if shape else 1)
+    return found
+
+
+def journey(tokens: Path, tmp_path: Path, alone: Alone, meshes: list[tuple[int, str]]) -> Path:
+    """The legs, each on its mesh, against one process's. Returns the last state."""
+    start, before = None, 0
+    for (ranks, mesh), until in zip(meshes, LEGS, strict=True):
+        target = tmp_path / f"step-{until}"
+        for found in on_mesh(ranks, tokens, tmp_path, mesh, start, until, target):
+            same(found.losses, alone.losses[before:until])
+        start, before = target, until
+    assert start is not None
+    return start
+
+
+def test_one_process_then_two_ranks_then_one(tokens: Path, tmp_path: Path, alone: Alone) -> None:
+    middle = tmp_path / "step-6"
+    for found in on_mesh(2, tokens, tmp_path, "dp=2", alone.states / "step-3", 6, middle):
+        same(found.losses, alone.losses[3:6])
+        assert "mesh was none and is dp=2" in found.told
+    ours, theirs = contents(middle), contents(alone.states / "step-6")
+    assert ours.keys() == theirs.keys()  # not only the model: what the optimizer keeps, and the random state
+    for name, tensor in theirs.items():
+        if name not in ("cpu", "cuda"):
+            torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=2e-5, msg=name)
+    pieces = sorted(middle.glob("shard-*.safetensors"))
+    assert len(pieces) == 2 and abs(pieces[0].stat().st_size / pieces[1].stat().st_size - 1) < 0.1
+    assert {p.suffix for p in middle.iterdir()} == {".safetensors", ".json"}
+    same(leg(tokens, tmp_path, "", middle, 9, tmp_path / "step-9").losses, alone.losses[6:])
+
+    export(middle, tmp_path / "public")
+    model, trainer = abyssal.load(tmp_path / "public"), open_run(tokens, tmp_path, "")
+    trainer.restore(middle)
+    for (name, p), (_, q) in zip(model.named_parameters(), trainer.model.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert all(torch.equal(a.bias, b.bias) for a, b in zip(model.gates(), trainer.model.gates(), strict=True))
+
+    piece = pieces[1]
+    whole = piece.read_bytes()
+    piece.write_bytes(whole[:-8])
+    with pytest.raises(CheckpointError, match=rf"{piece.name}: has [\d,]+ bytes, expected"):
+        trainer.restore(middle)
+    piece.unlink()
+    with pytest.raises(CheckpointError, match=rf"{piece.name}: missing"):
+        trainer.restore(middle)
+    piece.write_bytes(whole)
+    shutil.copy(piece, middle / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"more.safetensors: is not part of the state"):
+        trainer.restore(middle)
+
+
+def test_a_piece_is_missed_without_a_list_of_files_too(tokens: Path, tmp_path: Path, alone: Alone) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(alone.states / "step-3", state)
+    (state / FILES).unlink()  # as versions before this one left it
+    trainer = open_run(tokens, tmp_path, "")
+    trainer.restore(state)
+    file = state / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"(?s)state: .*"):
+        trainer.restore(state)
+    (state / "model.safetensors").unlink()
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"state: tensor .* is missing"):
+        trainer.restore(state)
+
+
+def test_a_state_without_a_place_for_its_bytes_is_told(tokens: Path, tmp_path: Path, alone: Alone) -> None:
+    state = tmp_path / "state"
+    shutil.copytree(alone.states / "step-3", state)
+    (state / FILES).write_text('["model.safetensors"]')
+    with pytest.raises(CheckpointError, match=r"files.json: expected file names and their sizes"):
+        load_state(state, *_parts(open_run(tokens, tmp_path, "")))
+
+
+def _parts(trainer: Trainer) -> tuple[Any, Any]:
+    return trainer.model, trainer.optimizer
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_state_of_one_process_is_exported_as_its_model_was_saved(tokens: Path, tmp_path: Path, dtype: str) -> None:
+    trainer = open_run(tokens, tmp_path, "", dtype=dtype)
+    take(trainer, 2)
+    trainer.save(tmp_path / "state" / "step-00000002")
+    trainer.model.save(tmp_path / "model")
+    assert export(tmp_path, tmp_path / "exported") == newest_state(tmp_path / "state")
+    with (
+        safe_open(tmp_path / "model" / "model.safetensors", "pt") as saved,
+        safe_open(tmp_path / "exported" / "model.safetensors", "pt") as exported,
+    ):
+        assert set(saved.keys()) == set(exported.keys())
+        for name in saved.keys():  # noqa: SIM118
+            assert torch.equal(saved.get_tensor(name), exported.get_tensor(name)), name
+    config, again = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("model", "exported"))
+    assert config == again
+
+
+class Trap:
+    """What creates a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+def test_a_pickle_in_the_folder_is_never_read(tokens: Path, tmp_path: Path, alone: Alone) -> None:
+    state, sprung = tmp_path / "state", tmp_path / "sprung"
+    shutil.copytree(alone.states / "step-3", state)
+    for name in (".metadata", "model.pt", "random.pkl"):  # the first is what torch's own format would read
+        (state / name).write_bytes(pickle.dumps(Trap(sprung)))
+    pickle.loads((state / ".metadata").read_bytes())
+    assert sprung.exists()
+    sprung.unlink()
+    open_run(tokens, tmp_path, "").restore(state)
+    assert not sprung.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        [(1, ""), (2, "dp=2"), (4, "dp=4")],
+        [(2, "dp=2"), (2, "tp=2"), (1, "")],
+        [(2, "cp=2"), (4, "dp=2,tp=2"), (2, "tp=2")],
+        [(2, "pp=2"), (2, "dp=2"), (4, "pp=2,dp=2")],
+        [(4, "pp=2,tp=2"), (1, ""), (2, "pp=2")],
+        [(2, "dp=2"), (2, "ep=2"), (4, "dp=2,ep=2")],
+    ],
+    ids=lambda meshes: " then ".join(mesh or "one" for _, mesh in meshes),
+)
+def test_resumed_on_other_meshes(tokens: Path, tmp_path: Path, alone: Alone, meshes: list[tuple[int, str]]) -> None:
+    last = journey(tokens, tmp_path, alone, meshes)
+    ours, theirs = contents(last), contents(alone.states / "step-9")
+    assert ours.keys() == theirs.keys()
