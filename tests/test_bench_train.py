@@ -147,11 +147,12 @@ def test_a_process_that_dies_or_hangs_is_a_row(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_only_chooses_and_refuses_what_there_is_not() -> None:
-    assert train.jobs(True, False, "titan") == [("torchtitan", "compiled"), ("torchtitan", "eager")]
-    assert train.jobs(False, False, "mtp, base") == [("abyssal", "base"), ("abyssal", "mtp")]
-    assert [job.who for job in train.jobs(True, True, None)] == ["abyssal", "transformers"]
+    assert train.jobs(True, True, False, "titan") == [("torchtitan", "compiled"), ("torchtitan", "eager")]
+    assert train.jobs(True, False, False, "mtp, base") == [("abyssal", "base"), ("abyssal", "mtp")]
+    assert [job.who for job in train.jobs(False, True, True, None)] == ["abyssal", "transformers"]
     with pytest.raises(ValueError, match="only: expected a part of abyssal base"):
-        train.jobs(True, False, "megatron")
+        train.jobs(True, True, False, "megatron")
+    assert ("torchtitan", "compiled") not in train.jobs(False, True, False, None)
 
 
 def test_what_follows_is_against_the_base_row_and_what_is_asked() -> None:

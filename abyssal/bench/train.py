@@ -16,7 +16,7 @@ from rich.text import Text
 
 from abyssal.bench import train_ours, train_peer
 from abyssal.bench.machine import device_name, versions
-from abyssal.bench.train_report import REFERENCE, TrainReport
+from abyssal.bench.train_report import PEERS, REFERENCE, TrainReport
 from abyssal.bench.train_rows import Flops, Row, Shape, keep, reason, rows_of
 from abyssal.config import ModelConfig
 from abyssal.data import Tokenizer, prepare
@@ -60,13 +60,13 @@ def bench_train(
     gpu = device.startswith("cuda")
     if gpu and not torch.cuda.is_available():
         raise ValueError("device: cuda is not available")
-    chosen = jobs(peers, quick, only)
+    chosen = jobs(gpu, peers, quick, only)
     with tempfile.TemporaryDirectory(prefix="abyssal-bench-") as made:
         folder = Path(made)
         shape = Shape(
             model=model or (REFERENCE if gpu else "tiny"), device=device, sequence=sequence or (2048 if gpu else 128),
-            batch=batch or (16 if gpu else 4), accumulate=32 if gpu else 4, warm=4 if gpu else 1,
-            steps=steps or (20 if gpu else 3), run=str(folder / "run.json"), settings=settings,
+            batch=batch or (16 if gpu else 4), accumulate=32 if gpu else 4, warm=4 if gpu else 2,
+            steps=steps or (20 if gpu else 10), run=str(folder / "run.json"), settings=settings,
         )  # fmt: skip
         found = versions(gpu) | {peer: train_peer.version(peer) for peer in train_peer.MODES}
         today = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -81,6 +81,7 @@ def bench_train(
                 for row in _run(job, shape):
                     report.rows.append(row)
                     console.print(f"  {line(row)}", style="dim", highlight=False, markup=False, soft_wrap=True)
+                report.rows.sort(key=lambda row: ("abyssal", *PEERS).index(row.who))
                 keep(json_path, report.to_dict())
         finally:  # an interrupted run still shows what it has
             Console(width=None if sys.stdout.isatty() else 150).print(render(report))
@@ -91,12 +92,13 @@ def bench_train(
     return report
 
 
-def jobs(peers: bool, quick: bool, only: str | None) -> list[Job]:
+def jobs(gpu: bool, peers: bool, quick: bool, only: str | None) -> list[Job]:
     """What there is to run. Raises ValueError if `only` chooses none."""
     ours = ["base"] if quick else train_ours.variants()
-    modes = (train_peer.QUICK if quick else train_peer.MODES) if peers else {}
+    modes = train_peer.QUICK if quick else train_peer.MODES if gpu else train_peer.CPU
     every = [Job("abyssal", name) for name in ours]
-    every += [Job(peer, mode) for peer, names in modes.items() for mode in names]
+    every += [Job(peer, mode) for peer, names in modes.items() for mode in names if peers]
+    every.sort(key=lambda job: job.name.startswith("recompute"))  # last, lest a run that is cut short lack a peer
     words = [word.strip() for word in (only or "").split(",") if word.strip()]
     chosen = [job for job in every if not words or any(word in f"{job.who} {job.name}" for word in words)]
     if not chosen:

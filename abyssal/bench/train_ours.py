@@ -24,7 +24,7 @@ from abyssal.train.config import TrainConfig
 from abyssal.train.trainer import Trainer
 
 SHORTEST = 16  # of the packed documents
-RECOMPUTE = ("cheap", "up", "attention", "experts", "block")  # see abyssal.train.recompute
+RECOMPUTE = ("cheap", "up", "experts", "block")  # see abyssal.train.recompute
 AHEAD = 8  # different batches that a row goes round; more would only take the host's memory
 
 

@@ -23,6 +23,8 @@ MODES = {
     "transformers": ("compiled", "compiled with the loss", "eager"),
     "torchtitan": ("compiled", "eager"),
 }
+# Compiling for a CPU takes minutes, and its loss is a small part there; torchtitan's experts need a GPU, and say so.
+CPU = {"transformers": ("eager", "compiled"), "torchtitan": ("eager",)}
 QUICK = {"transformers": ("eager",)}
 
 
