@@ -47,7 +47,7 @@ def check(config: ModelConfig, tp: int) -> None:
 
 
 def spread_tensor(model: Transformer, mesh: Mesh) -> Splits:
-    """Leaves this rank its share of a whole model's heads and inner widths, and lets attention and MLPs exchange tokens.
+    """Leaves this rank its share of a whole model's heads and inner widths; attention and MLPs exchange tokens.
 
     Raises ValueError naming the field that cannot be divided.
     """
