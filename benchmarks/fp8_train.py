@@ -8,7 +8,7 @@
 `steps`: forward, backward and AdamW with float32 masters, by the trainer's own parts, of 16384 random tokens in
 sequences of 4096; bf16 and FP8 in turns in one process. `loss`: two runs of one seed over the same tokens, one in
 bf16, one in FP8, and a third in bf16 whose first weights differ by a part in a thousand: what chance alone makes of
-such a run. They share the GPU, a process each.
+such a run. They share the GPU, a process each, and read 8192 tokens a step.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from abyssal.train.optimizer import Optimizer
 from abyssal.train.trainer import Trainer
 
 LENGTH, TOKENS = 4096, 16384
+READ = 8192  # tokens a step of `loss`
 V3 = {
     "hidden_size": 7168, "intermediate_size": 18432, "num_attention_heads": 128, "q_lora_rank": 1536,
     "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 32768,
@@ -232,7 +233,7 @@ def train(kind: str, data: str, count: int, out: str) -> None:
     """One run of `loss`: "bf16", "fp8", or "bf16 again"."""
     config = TrainConfig.of({
         "model": "stories", "model_overrides": STORIES, "data": data, "out": f"{out}/{kind.replace(' ', '-')}",
-        "steps": count, "batch_tokens": TOKENS, "sequence": 512, "lr": 1e-3, "warmup_steps": count // 20,
+        "steps": count, "batch_tokens": READ, "sequence": 512, "lr": 1e-3, "warmup_steps": count // 20,
         "decay_fraction": 0.5, "final_lr": 5e-5, "device": "cuda",
     })  # fmt: skip
     trainer = Trainer(config, config.model_settings(), TokenSet.open(Path(data)))

@@ -106,6 +106,7 @@ class _Linear(torch.autograd.Function):
         x = _lying(x)
         q, scale, turned, turned_scale = kernels.round_rows(x, learns)
         ctx.save_for_backward(weight, turned, turned_scale)
+        ctx.learns = learns
         return _cut(kernels.product(q, scale, *kernels.round_weights([_lying(weight)], False)), x, weight)
 
     @staticmethod
@@ -113,13 +114,12 @@ class _Linear(torch.autograd.Function):
         from abyssal.kernels import fp8_train as kernels
 
         weight, turned, turned_scale = ctx.saved_tensors
-        asked, learns = _asked(ctx), ctx.needs_input_grad[1]
         dy, dx, dw = _lying(dy), None, None
-        q, scale, dy_turned, dy_scale = kernels.round_rows(dy, learns)
-        if asked:
+        q, scale, dy_turned, dy_scale = kernels.round_rows(dy, ctx.learns)
+        if _asked(ctx):
             dx = kernels.product(q, scale, *kernels.round_weights([_lying(weight)], True))
             dx = dx[: dy.shape[0], : weight.shape[1]]
-        if learns:
+        if ctx.learns:
             dw = kernels.product_of_rows(dy_turned, dy_scale, turned, turned_scale, _gradient(weight))
             dw = dw[: weight.shape[0], : weight.shape[1]].to(weight.dtype)
         return dx, dw, None
@@ -139,6 +139,7 @@ class _MLP(torch.autograd.Function):
         inner = inner[: x.shape[0]]
         q, scale, h_turned, h_scale = kernels.round_gated(inner, learns)
         ctx.save_for_backward(w1, w2, w3, inner, x_turned, x_scale, h_turned, h_scale)
+        ctx.learns = learns
         return _cut(kernels.product(q, scale, *kernels.round_weights([w2], False)), x, w2)
 
     @staticmethod
@@ -146,7 +147,7 @@ class _MLP(torch.autograd.Function):
         from abyssal.kernels import fp8_train as kernels
 
         w1, w2, w3, inner, x_turned, x_scale, h_turned, h_scale = ctx.saved_tensors
-        learns, tokens, inner_width = any(ctx.needs_input_grad[1:4]), dy.shape[0], w1.shape[0]
+        learns, tokens, inner_width = ctx.learns, dy.shape[0], w1.shape[0]
         dx = dw1 = dw2 = dw3 = None
         q, scale, turned, turned_scale = kernels.round_rows(_lying(dy), learns)
         if learns:
@@ -169,7 +170,7 @@ def _lying(x: Tensor) -> Tensor:
 
 
 def _asked(ctx: Any) -> bool:
-    """Whether x's gradient is wanted. A compiler does not know it of what is between two maps, and says no."""
+    """Whether x's gradient is wanted. A compiler may not know it of what lies between two maps, and says no."""
     return bool(ctx.needs_input_grad[0]) or torch.compiler.is_compiling()
 
 

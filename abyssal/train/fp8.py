@@ -14,7 +14,7 @@ from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp
 
 # What rounding costs grows with in + out, what FP8 gains with in · out. Below this quotient of the two it does not pay
 # on an H100 (docs/kernels.md).
-LEAST = 700
+LEAST = 1000
 
 
 class Fp8Linear(Linear):
