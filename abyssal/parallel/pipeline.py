@@ -26,8 +26,9 @@ from abyssal.model.balance import Balance, Whole
 from abyssal.model.experts import Gate
 from abyssal.model.objective import LossScales, Measured, Microbatch, Totals
 from abyssal.model.transformer import Transformer
+from abyssal.parallel.halves import input_half, weight_half
 from abyssal.parallel.mesh import Mesh
-from abyssal.parallel.shard import drop_gathered
+from abyssal.parallel.shard import drop_gathered, widen
 from abyssal.parallel.stage import Elsewhere, Stage
 
 SCHEDULES: dict[str, Any] = {
@@ -86,12 +87,15 @@ def layers_of(config: ModelConfig, stages: int) -> list[range]:
 class Pipeline:
     """This rank's stages of a model, and a step's passes through all ranks'."""
 
-    def __init__(self, model: Transformer, mesh: Mesh, dtype: torch.dtype, schedule: str, microbatches: int) -> None:
-        """Takes out of a whole model what other ranks have. `dtype`: what it computes in. Raises ValueError as `check`
+    def __init__(
+        self, model: Transformer, mesh: Mesh, dtype: torch.dtype, schedule: str, microbatches: int, halves: bool
+    ) -> None:
+        """Takes out of a whole model what other ranks have. `dtype`: what it computes in; without `halves` no backward
+        pass is split: blocks that are recomputed or compiled would do all of it twice. Raises ValueError as `check`
         does."""
         check(model.config, mesh.shape.pp, schedule, microbatches)
         self.model, self.mesh, self.dtype = model, mesh, dtype
-        self.schedule, self.microbatches = schedule, microbatches
+        self.schedule, self.microbatches, self.halves = schedule, microbatches, halves
         self.count = stage_count(mesh.shape.pp, schedule)
         self.own = stages_of(mesh.place("pp"), mesh.shape.pp, schedule)
         self.layers = layers_of(model.config, self.count)
@@ -204,17 +208,14 @@ class Pipeline:
                 torch.empty(1, 1, device="meta"),
                 torch.empty((), dtype=wide, device="meta", requires_grad=True),
             )
-            stages = [
-                _Torch(
-                    stage, s, self.count, device, start if s == 0 else state, loss if s == self.count - 1 else state,
-                    group=self.group,
-                )
-                for s, stage in zip(self.own, self.stages)
-            ]  # fmt: skip
-            made = SCHEDULES[self.schedule]
+            stages = []
+            for s, stage in zip(self.own, self.stages):
+                given, made = start if s == 0 else state, loss if s == self.count - 1 else state
+                stages.append(_Torch(stage, s, self.count, device, given, made, group=self.group))
+                stages[-1].halves = self.halves
             what = stages[0] if self.schedule in ONE_A_RANK else stages
             # The losses add up over the step as they are.
-            self._schedule = made(what, self.microbatches, loss_fn=_itself, scale_grads=False)
+            self._schedule = SCHEDULES[self.schedule](what, self.microbatches, loss_fn=_itself, scale_grads=False)
         return self._schedule
 
     def _rank_of(self, stage: int) -> int:
@@ -261,11 +262,36 @@ class Pipeline:
 class _Torch(PipelineStage):
     """A stage as the schedules know it."""
 
+    halves = True
+
     def forward_one_chunk(
         self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
     ) -> Any:
         cast(Stage, self.submod).number = fwd_chunk_id
         return super().forward_one_chunk(fwd_chunk_id, args, kwargs, save_forward_output)
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: Any, last_backward: bool = False) -> Any:
+        """A whole backward pass as torch has it; its halves are this package's."""
+        if backward_type == "full":
+            return super().backward_maybe_with_nosync("full", bwd_kwargs, last_backward)
+        if backward_type == "input" and not self.halves:
+            (output,) = bwd_kwargs["stage_output"]
+            one = bwd_kwargs | {"stage_output": output if self.is_last else (output,)}
+            return super().backward_maybe_with_nosync("full", one, last_backward)
+        stage = cast(Any, self.submod)
+        stage.set_is_last_backward(False)
+        stage.set_reshard_after_backward(False)
+        stage.set_requires_gradient_sync(False)
+        branches = bwd_kwargs.get("param_groups")
+        gradients: tuple[Tensor | None, ...] = ()
+        if backward_type == "input":
+            gradients, branches = input_half(
+                bwd_kwargs["stage_output"], bwd_kwargs["output_grads"], bwd_kwargs["input_values"], stage.parameters()
+            )
+        elif branches is not None:
+            weight_half(branches)
+        widen(stage)
+        return gradients, branches
 
 
 def _itself(loss: Tensor, target: Tensor) -> Tensor:

@@ -68,6 +68,18 @@ def drop_gathered(root: nn.Module) -> None:
             module.reshard()
 
 
+def widen(root: nn.Module) -> None:
+    """Adds gradients that are computed, and not yet summed over the ranks, to those of other microbatches in float32.
+    FSDP2 does it by itself, at the end of a backward pass that it sees as one."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]  # torch 2.11: one
+            for p in (p for group in groups if group is not None for p in group.fsdp_params):
+                p.accumulate_unsharded_grad_if_needed()
+                p.to_accumulated_grad_if_needed()
+
+
 def _units(block: nn.Module, splits: Mapping[nn.Module, Split]) -> dict[tuple[str, ...], list[nn.Module]]:
     """The modules of a block that not every rank of the stage holds, by the axes of those that do."""
     units: dict[tuple[str, ...], list[nn.Module]] = {}

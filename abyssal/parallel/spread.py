@@ -13,6 +13,7 @@ from abyssal.model.objective import LossScales, Measured, Microbatch, Objective,
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.context import spread_context
 from abyssal.parallel.cut import cut
+from abyssal.parallel.experts import spread_experts
 from abyssal.parallel.mesh import DATA, STAGE, Mesh
 from abyssal.parallel.pipeline import Pipeline
 from abyssal.parallel.shard import Split, Splits, drop_gathered, shard
@@ -20,7 +21,7 @@ from abyssal.parallel.tensor import spread_tensor
 
 
 def place(model: Transformer, device: torch.device, dtype: torch.dtype | None = None) -> Transformer:
-    """The model on `device`, in `dtype`; left alone where it is so already, as `to` cannot be called on fake tensors."""
+    """The model on `device`, in `dtype`; left alone where it is so already, as `to` does not take fake tensors."""
     for p in model.parameters():
         if p.device != device or (dtype is not None and p.dtype != dtype):
             return model.to(device, dtype)
@@ -46,17 +47,21 @@ class Spread:
     def __init__(
         self, model: Transformer, mesh: Mesh, device: torch.device, dtype: torch.dtype, reshard: bool = True,
         wrap: Callable[[Transformer], None] = lambda model: None, schedule: str = "1f1b", accumulate: int = 1,
+        halves: bool = True,
     ) -> None:  # fmt: skip
-        """`accumulate`: the microbatches of a step, over all ranks; `schedule`: of a pipeline."""
+        """`accumulate`: the microbatches of a step, over all ranks; `schedule`: of a pipeline; `halves`: whether it may
+        split backward passes, which blocks that are recomputed or compiled cannot well."""
         self.model, self.mesh, self.device = model, mesh, device
         self.wide = torch.promote_types(dtype, torch.float32)
         self.pipeline: Pipeline | None = None
         if mesh.shape.pp > 1:
-            self.pipeline = Pipeline(model, mesh, dtype, schedule, accumulate // mesh.shape.batches)
+            self.pipeline = Pipeline(model, mesh, dtype, schedule, accumulate // mesh.shape.batches, halves)
         place(model, device, self.wide)
         self.splits: Splits = {}
         if mesh.shape.cp > 1:
             spread_context(model, mesh)
+        if mesh.shape.ep > 1:
+            self.splits |= spread_experts(model, mesh)
         if mesh.shape.tp > 1:
             self.splits |= spread_tensor(model, mesh)  # around what context parallel made of attention
         mesh.group("cp", "tp")  # made now: all ranks must take part, and stages come to `_whole` at other times
@@ -87,13 +92,19 @@ class Spread:
         is called at the end. Returns the sums of loss, main loss, balance loss and the MTP modules' losses over all
         ranks, `[3 + modules]`."""
         totals = Totals.of(microbatches, self._everywhere)
+        return self.passes([cut(micro, self.mesh) for micro in microbatches], totals, scales, collect, balance)
+
+    def passes(
+        self, pieces: Sequence[Microbatch], totals: Totals, scales: LossScales, collect: Callable[[], None],
+        balance: Balance,
+    ) -> Tensor:  # fmt: skip
+        """`run`, of microbatches already cut, whose step's totals are known."""
         if self.pipeline is not None:
-            local = [cut(micro, self.mesh).to(self.device) for micro in microbatches]
-            sums = self.pipeline.run(local, totals, scales, balance)
+            sums = self.pipeline.run([piece.to(self.device) for piece in pieces], totals, scales, balance)
         else:
             parts = []
-            for micro in microbatches:
-                loss = self.objective(cut(micro, self.mesh).to(self.device), totals, scales)
+            for piece in pieces:
+                loss = self.objective(piece.to(self.device), totals, scales)
                 loss.total.backward()
                 if balance.gates:
                     balance.observe(loss.routings, loss.live)

@@ -147,9 +147,11 @@ class Trainer:
         if config.mesh:
             mesh = Mesh(MeshShape.parse(config.mesh), self.device.type)
             wrap = partial(wrap_blocks, config=config)
+            halves = config.recompute == "none" and not config.compile
             self.spread = Spread(
-                self.model, mesh, self.device, self.dtype, config.reshard, wrap, config.schedule, config.accumulate
-            )
+                self.model, mesh, self.device, self.dtype, config.reshard, wrap, config.schedule, config.accumulate,
+                halves,
+            )  # fmt: skip
             pieces = {p.name: p for p in self.spread.parameters()}
             self.optimizer = Optimizer([Kept(p.name, p.param, p.local) for p in pieces.values()], config)
             self._part = lambda name, local: described(local, pieces[name], mesh)

@@ -34,9 +34,12 @@ def settings(tokens: Path, out: Path, mesh: str, model: dict[str, Any], **change
     return TrainConfig.of(base | changes)
 
 
-def take(config: TrainConfig, steps: int = STEPS) -> Steps:
-    """The first `steps` of a run; every rank returns the same but for gradients of stages that it isn't of."""
+def take(config: TrainConfig, steps: int = STEPS, made: list[Trainer] | None = None) -> Steps:
+    """The first `steps` of a run; every rank returns the same but for gradients and biases of stages that it isn't of.
+    Its trainer is left in `made`."""
     trainer = Trainer(config, config.model_settings(), TokenSet.open(config.data))
+    if made is not None:
+        made.append(trainer)
     gradients: dict[str, Tensor] = {}
     losses, violations = [], []
     update = trainer.optimizer.update

@@ -16,7 +16,7 @@ def spread(tokens: Path, out: Path, mesh: str, changes: dict) -> Steps:
     return take(settings(tokens, out, mesh, {}, **changes))
 
 
-MODES = ["dp=2", "tp=2", "cp=2"]
+MODES = ["dp=2", "pp=2", "tp=2", "cp=2"]
 
 
 @pytest.mark.parametrize("mesh", MODES)
