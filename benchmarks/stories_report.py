@@ -11,9 +11,10 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -42,13 +43,25 @@ PROMPTS = (
     "Whale \\Whale\\, n.",
     "database\n\n   <",
 )
-SAMPLE_TOKENS = 96
 TEMPERATURES = (0.0, 0.8)
-AGREEMENT_TOKENS = 262_144  # of held-out text, at most
-DRAFTED_TEXTS, DRAFTED_PROMPT, DRAFTED_TOKENS = 32, 64, 128  # held-out documents; tokens that begin and go on
-DRAFTS = 3  # a module drafts the second and third from its own state
-COMPARED, COMPARED_LENGTH = 8, 512  # held-out sequences that transformers reads, and their most tokens
+DRAFTS = 3  # the last module drafts from its own states where there are fewer modules
+DRAFT_PROMPT = 64  # tokens of a held-out document, before those that are drafted
 CHUNK = 4096  # rows of logits at a time
+
+
+class Sizes(NamedTuple):
+    """How much is looked at."""
+
+    held_out: int = 1 << 40  # tokens, at most
+    agreement: int = 262_144  # held-out tokens, at most
+    texts: int = 32  # that are drafted
+    tokens: int = 128  # of a text that is drafted
+    sample: int = 96  # tokens
+    compared: int = 8  # held-out sequences that transformers reads
+    compared_length: int = 512  # their most tokens
+
+
+QUICK = Sizes(4096, 2048, 4, 24, 16, 2, 64)
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,7 @@ class Acceptance:
 
     agreement: list[float]  # on held-out text, both greedy; a module
     accuracy: list[float]  # of the prediction against the text itself: the model's own first, then a module's
-    greedy: list[float]  # accepted by the engine of those drafted, temperature 0
+    greedy: list[float]  # of the engine's drafts, those accepted up to this place, at temperature 0
     sampled: list[float]  # temperature 0.8
     tokens_a_step: list[float]  # greedy, sampled: tokens that a pass of the engine decodes for a text
 
@@ -109,7 +122,7 @@ class Report:
     parity: Parity | None  # None: transformers isn't installed
 
 
-def report(run: Path, data: Path | None, device: str) -> Report:
+def report(run: Path, data: Path | None, device: str, sizes: Sizes) -> Report:
     """Raises FileNotFoundError where the run has not ended."""
     config = TrainConfig.read(run, [] if data is None else [f"data={data.absolute()}"])
     if not (run / MODEL / "config.json").is_file():
@@ -120,7 +133,8 @@ def report(run: Path, data: Path | None, device: str) -> Report:
     records = read_metrics(run / METRICS)
     split = token_set.split("validation")
     where = torch.device(device)
-    found = Validator(token_set, split.tokens, config.batch_tokens, config.sequence).measure(
+    most = min(split.tokens, sizes.held_out)
+    found = Validator(token_set, most, config.batch_tokens, config.sequence).measure(
         lambda micro: Measured.of(model, micro.to(where))
     )
     late = records[-max(len(records) // 10, 1) :]
@@ -143,29 +157,31 @@ def report(run: Path, data: Path | None, device: str) -> Report:
             [statistics.median(column) for column in zip(*(r["max_violation"] for r in late))],
         ),
         # In this order: the engine makes the model its own.
-        acceptance=acceptance(model, token_set, config) if len(model.mtp) else None,
-        samples=samples(model, Tokenizer.load(token_set.tokenizer)),
-        parity=parity(run / MODEL, token_set),
+        acceptance=acceptance(model, token_set, config, sizes) if len(model.mtp) else None,
+        samples=samples(model, Tokenizer.load(token_set.tokenizer), sizes),
+        parity=parity(run / MODEL, token_set, sizes),
     )
 
 
 # ---- multi-token prediction ---------------------------------------------------------------------------------
 
 
-def acceptance(model: Transformer, token_set: TokenSet, config: TrainConfig) -> Acceptance:
-    agreement, accuracy = agreements(model, token_set, config)
-    (greedy, a), (sampled, b) = (drafted(model, token_set, t) for t in TEMPERATURES)
+def acceptance(model: Transformer, token_set: TokenSet, config: TrainConfig, sizes: Sizes) -> Acceptance:
+    agreement, accuracy = agreements(model, token_set, config, sizes.agreement)
+    (greedy, a), (sampled, b) = (drafted(model, token_set, t, sizes) for t in TEMPERATURES)
     return Acceptance(agreement, accuracy, greedy, sampled, [a, b])
 
 
 @torch.no_grad()
-def agreements(model: Transformer, token_set: TokenSet, config: TrainConfig) -> tuple[list[float], list[float]]:
+def agreements(
+    model: Transformer, token_set: TokenSet, config: TrainConfig, most: int
+) -> tuple[list[float], list[float]]:
     """Teacher-forced, both in the dtype of the model: the modules against the model, and each against the text."""
     modules, device = len(model.mtp), model.embed.weight.device
     agreed, places = torch.zeros(modules), torch.zeros(modules)
     right, targets = torch.zeros(1 + modules), torch.zeros(1 + modules)
     batches = validation_batches(token_set.split("validation"), config.batch_tokens, config.sequence)
-    for batch in islice(batches, max(AGREEMENT_TOKENS // config.batch_tokens, 1)):
+    for batch in islice(batches, max(most // config.batch_tokens, 1)):
         micro = Microbatch.of(batch, modules).to(device)
         hidden = model.hidden(micro.tokens, micro.packing)
         predictions = model.predict_states(hidden.states, micro.tokens, micro.packing)
@@ -186,14 +202,16 @@ def likeliest(model: Transformer, states: Tensor) -> Tensor:
     return torch.cat([model.logits(rows).argmax(-1) for rows in states.split(CHUNK)])
 
 
-def drafted(model: Transformer, token_set: TokenSet, temperature: float) -> tuple[list[float], float]:
+def drafted(model: Transformer, token_set: TokenSet, temperature: float, sizes: Sizes) -> tuple[list[float], float]:
     """What the engine counts while held-out documents are gone on with."""
-    prompts = [ids.tolist() for ids in held_out(token_set, DRAFTED_PROMPT, DRAFTED_TEXTS)]
+    prompts = [ids.tolist() for ids in held_out(token_set, DRAFT_PROMPT, sizes.texts)]
     llm = LLM(
         model, tokenizer=Tokenizer.load(token_set.tokenizer), max_batch=8, drafts=DRAFTS, adapt=False, compiled=False,
-        max_context=DRAFTED_PROMPT + DRAFTED_TOKENS + DRAFTS,
+        max_context=DRAFT_PROMPT + sizes.tokens + DRAFTS,
     )  # fmt: skip
-    llm.generate(prompts, Sampling(max_tokens=DRAFTED_TOKENS, temperature=temperature, seed=0, ignore_eos=True))
+    # Asked for, since texts with a seed hang on nothing else unless told to.
+    asked = Sampling(max_tokens=sizes.tokens, temperature=temperature, ignore_eos=True, speculate=True)
+    llm.generate(prompts, [replace(asked, seed=i) for i in range(len(prompts))])
     totals = llm.totals
     shares = [a / max(d, 1) for a, d in zip(totals.accepted_at, totals.drafted_at)]
     return shares, 1 + sum(totals.accepted_at) / max(totals.drafted_at[0], 1)
@@ -210,27 +228,29 @@ def held_out(token_set: TokenSet, length: int, count: int) -> Iterator[Tensor]:
 # ---- samples, and transformers ------------------------------------------------------------------------------
 
 
-def samples(model: Transformer, tokenizer: Tokenizer) -> list[Sample]:
+def samples(model: Transformer, tokenizer: Tokenizer, sizes: Sizes) -> list[Sample]:
     llm = LLM(model, tokenizer=tokenizer, max_batch=len(PROMPTS), compiled=False, max_context=512)
     found = []
     for t in TEMPERATURES:
-        outputs = llm.generate(PROMPTS, Sampling(max_tokens=SAMPLE_TOKENS, temperature=t, seed=0))
+        asked = Sampling(max_tokens=sizes.sample, temperature=t)
+        outputs = llm.generate(PROMPTS, [replace(asked, seed=i) for i in range(len(PROMPTS))])
         found += [Sample(prompt, t, output.text) for prompt, output in zip(PROMPTS, outputs)]
     return found
 
 
 @torch.no_grad()
-def parity(folder: Path, token_set: TokenSet) -> Parity | None:
+def parity(folder: Path, token_set: TokenSet, sizes: Sizes) -> Parity | None:
     try:
         import transformers
     except ImportError:
         return None
+    transformers.logging.set_verbosity_error()  # it lists the tensors of the MTP modules, which it doesn't have
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ours = load(folder, dtype=torch.float32).eval()
-    length = min(COMPARED_LENGTH, int(token_set.split("validation").lengths.max()) - 1)
+    length = min(sizes.compared_length, int(token_set.split("validation").lengths.max()) - 1)
     difference = largest = 0.0
     same = count = 0
-    for tokens in held_out(token_set, length, COMPARED):
+    for tokens in held_out(token_set, length, sizes.compared):
         a, b = ours(tokens, [len(tokens)]), theirs(tokens[None]).logits[0].float()
         difference = max(difference, float((a - b).abs().max()))
         largest = max(largest, float(b.abs().max()))
@@ -288,8 +308,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write every number into this file")
     parser.add_argument("--markdown", type=Path, help="write the table and the samples into this file")
     parser.add_argument("--picture", type=Path, help="draw the curves into this PNG")
+    parser.add_argument("--quick", action="store_true", help="look at little of everything")
     arguments = parser.parse_args()
-    found = report(arguments.run, arguments.data, arguments.device)
+    found = report(arguments.run, arguments.data, arguments.device, QUICK if arguments.quick else Sizes())
     told = markdown(found)
     print(told)
     if arguments.json is not None:
