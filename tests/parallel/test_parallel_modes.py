@@ -16,10 +16,20 @@ def spread(tokens: Path, out: Path, mesh: str, changes: dict) -> Steps:
     return take(settings(tokens, out, mesh, {}, **changes))
 
 
-MODES = ["dp=2", "pp=2", "tp=2", "cp=2"]
+MODES = ["dp=2", "pp=2", "ep=2", "tp=2", "cp=2"]
 
 
 @pytest.mark.parametrize("mesh", MODES)
 def test_two_ranks_take_the_steps_of_one(mesh: str, tokens: Path, tmp_path: Path, alone: Steps) -> None:
     for found in on_ranks(2, spread, tokens, tmp_path, mesh, {}):
+        compare(found, alone)
+
+
+PRODUCTS = ["dp=2,tp=2", "dp=2,cp=2", "cp=2,tp=2", "ep=2,tp=2", "ep=2,cp=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", PRODUCTS)
+def test_four_ranks_take_the_steps_of_one(mesh: str, tokens: Path, tmp_path: Path, alone: Steps) -> None:
+    for found in on_ranks(4, spread, tokens, tmp_path, mesh, {}):
         compare(found, alone)

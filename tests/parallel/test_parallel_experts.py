@@ -1,0 +1,218 @@
+"""Expert parallel against one process: odd routings in float64, what lies between a start and its wait, whole runs."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_ranks
+from steps import Steps, compare, settings, take
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from abyssal.config import ModelConfig
+from abyssal.model.experts import MoE, Routing
+from abyssal.parallel import dispatch
+from abyssal.parallel.dispatch import Way, sizes
+from abyssal.parallel.experts import SpreadMoE, check
+
+D, E = 12, 4
+CONFIG = ModelConfig(
+    hidden_size=D, moe_intermediate_size=8, n_routed_experts=E, num_experts_per_tok=2, n_shared_experts=1,
+    num_hidden_layers=1, num_attention_heads=2, vocab_size=16, intermediate_size=16, qk_nope_head_dim=4, v_head_dim=4,
+    kv_lora_rank=4, qk_rope_head_dim=2, first_k_dense_replace=0,
+)  # fmt: skip
+
+# On each of two ranks, of which the first holds experts 0 and 1: its tokens' choices.
+ROUTINGS: dict[str, tuple[list[list[int]], list[list[int]]]] = {
+    "everywhere": ([[0, 3], [2, 1], [1, 0], [3, 2]], [[1, 2], [0, 2]]),
+    "all to the first": ([[0, 1], [1, 0], [1, 0]], [[0, 1], [1, 0]]),
+    "all to the last": ([[2, 3], [3, 2]], [[3, 2], [3, 2], [2, 3]]),
+    "each to its own": ([[1, 0], [0, 1]], [[2, 3]]),
+    "each to the other": ([[3, 2]], [[0, 1], [1, 0]]),
+    "one expert for all": ([[1], [1], [1]], [[1], [1]]),
+    "one token": ([[3, 0]], [[1, 0]]),
+    "a rank without tokens": ([[0, 2], [3, 1]], []),
+    "no tokens": ([], []),
+    "every expert": ([[3, 1, 0, 2]], [[0, 1, 2, 3], [2, 3, 0, 1]]),
+}
+
+
+class Fixed(nn.Module):
+    """A gate whose mind is made up; its weight is there to be counted."""
+
+    def __init__(self, weights: Tensor, indices: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(E, D))
+        self.weights, self.indices = weights, indices
+
+    def forward(self, x: Tensor) -> Routing:
+        return Routing(self.weights, self.indices, self.weights)
+
+
+def make(shared: bool) -> MoE:
+    g = torch.Generator().manual_seed(0)
+    moe = MoE(CONFIG if shared else CONFIG.replace(n_shared_experts=None)).double()
+    with torch.no_grad():
+        for p in moe.parameters():
+            p.normal_(generator=g)
+    return moe
+
+
+def tokens_of(rank: int, choices: list[list[int]], K: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, gate values, indices and the gradient of what comes out."""
+    g = torch.Generator().manual_seed(1 + rank)
+    indices = torch.tensor(choices, dtype=torch.int64).view(-1, K)
+    T = indices.shape[0]
+    x, dy = (torch.randn(T, D, generator=g, dtype=torch.float64) for _ in range(2))
+    return x.requires_grad_(), torch.rand(T, K, generator=g, dtype=torch.float64).requires_grad_(), indices, dy
+
+
+def one_rank(names: list[tuple[str, bool]]) -> list[dict[str, Tensor]]:
+    """What a rank's tokens come to, and its gradients."""
+    found = []
+    for name, shared in names:
+        both = ROUTINGS[name]
+        K = max(len(row) for choices in both for row in [*choices, [0]])
+        x, weights, indices, dy = tokens_of(dist.get_rank(), both[dist.get_rank()], K)
+        group = dist.group.WORLD
+        assert group is not None
+        spread = SpreadMoE(make(shared), group)
+        spread.gate = Fixed(weights, indices)
+        y, _ = spread(x)
+        y.backward(dy)
+        assert x.grad is not None and weights.grad is not None
+        found.append({"y": y.detach(), "x": x.grad, "weights": weights.grad} | gradients(spread))
+        with torch.no_grad():
+            torch.testing.assert_close(spread(x)[0], y)
+    return found
+
+
+def gradients(moe: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
+
+
+def test_any_routing_comes_to_what_one_process_makes_of_it() -> None:
+    cases = [(name, shared) for name in ROUTINGS for shared in (True, False)]
+    results = on_ranks(2, one_rank, cases)
+    for number, (name, shared) in enumerate(cases):
+        both = ROUTINGS[name]
+        K = max(len(row) for choices in both for row in [*choices, [0]])
+        pieces = [tokens_of(rank, choices, K) for rank, choices in enumerate(both)]
+        x, weights, indices, dy = (torch.cat(parts).detach() for parts in zip(*pieces))
+        whole = make(shared)
+        whole.gate = Fixed(weights.requires_grad_(), indices)  # type: ignore[assignment]
+        y, _ = whole(x.requires_grad_())
+        y.backward(dy)
+        assert x.grad is not None and weights.grad is not None
+        first, second = (found[number] for found in results)
+        for key, expected in {"y": y.detach(), "x": x.grad, "weights": weights.grad}.items():
+            torch.testing.assert_close(torch.cat((first[key], second[key])), expected, msg=f"{name}: {key}")
+        for key, expected in gradients(whole).items():
+            joined = torch.cat if key.startswith("experts") else sum
+            torch.testing.assert_close(joined([first[key], second[key]]), expected, msg=f"{name}: {key}")
+
+
+def order_of_events() -> tuple[list[str], list[str]]:
+    """What happens in a forward and in a backward pass: starts of exchanges, waits, the shared experts' products."""
+    events: list[str] = []
+    send, wait = Way.send, Way.wait
+
+    def told_send(self: Way, *args: Any) -> None:
+        events.append("start")
+        send(self, *args)
+
+    def told_wait(self: Way) -> None:
+        events.append("wait")
+        wait(self)
+
+    Way.send, Way.wait = told_send, told_wait  # type: ignore[method-assign]
+    group = dist.group.WORLD
+    assert group is not None
+    x, weights, indices, dy = tokens_of(0, [[0, 3], [2, 1]], 2)
+    spread = SpreadMoE(make(True), group)
+    spread.gate = Fixed(weights, indices)
+    shared = spread.shared_experts
+    assert shared is not None
+    for name in ("w1", "w2"):
+        module = getattr(shared, name)
+        module.register_forward_hook(lambda *_, name=name: events.append(name))
+        module.register_full_backward_hook(lambda *_, name=name: events.append(name))
+    spread.experts.register_forward_hook(lambda *_: events.append("experts"))
+    spread.experts.w2.register_hook(lambda _: events.append("experts"))
+    y, _ = spread(x)
+    split = len(events)
+    y.backward(dy)
+    return events[:split], events[split:]
+
+
+def test_shared_experts_are_computed_between_a_start_and_its_wait() -> None:
+    for forward, backward in on_ranks(2, order_of_events):
+        counts, away, back = ["start", "wait"], ["start", "start"], ["start"]
+        assert forward == [*counts, *away, "w1", "wait", "experts", *back, "w2", "wait"]
+        assert backward == [*back, "w2", "wait", "experts", *away, "w1", "wait"]
+
+
+def test_experts_that_ranks_cannot_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="mesh ep=3: n_routed_experts: expected a multiple of 3, got 4"):
+        check(CONFIG, 3)
+    with pytest.raises(ValueError, match="got None"):
+        check(CONFIG.replace(n_routed_experts=None), 2)
+
+
+class Ranks:
+    """A group, as far as `sizes` asks."""
+
+    def size(self) -> int:
+        return 4
+
+    def rank(self) -> int:
+        return 1
+
+
+def test_sizes_without_values_are_those_of_an_even_draw() -> None:
+    with FakeTensorMode():
+        counts = torch.zeros(4, 2, dtype=torch.int64)
+    found = sizes(counts, counts, 1000, 2, 16, Ranks())  # type: ignore[arg-type]
+    reached = round(1000 * (1 - 12 / 16 * 11 / 15))
+    assert found == dispatch.Sizes([reached, 0, reached, reached], [reached, 0, reached, reached], reached, 2000)
+
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # changes of the model, and of the run
+    "recomputed": ({}, {"recompute": "block"}),
+    "recomputed, gathered once": ({"num_hidden_layers": 2}, {"recompute": "block", "reshard": False}),
+    "two MTP modules, four shared experts": ({"num_nextn_predict_layers": 2, "n_shared_experts": 4}, {}),
+    "classic balance loss, no shared experts": (
+        {"num_hidden_layers": 2, "topk_method": "greedy", "n_group": 1, "scoring_func": "softmax",
+         "n_shared_experts": None}, {"auxiliary_balance": 0.2, "sequence_balance": 0.0}
+    ),
+}  # fmt: skip
+
+
+def runs(tokens: Path, out: Path, mesh: str) -> list[Steps]:
+    exact = {"dtype": "float64", "accumulate": 2}
+    return [take(settings(tokens, out, mesh, model, **exact, **run), 2) for model, run in RUNS.values()]
+
+
+def test_odd_models_take_the_steps_of_one_process(tokens: Path, tmp_path: Path) -> None:
+    expected = runs(tokens, tmp_path, "")
+    for found in on_ranks(2, runs, tokens, tmp_path, "ep=2"):
+        for name, ours, one in zip(RUNS, found, expected, strict=True):
+            for key, gradient in ours.gradients.items():
+                torch.testing.assert_close(gradient, one.gradients[key], rtol=1e-7, atol=1e-10, msg=f"{name}: {key}")
+            a, b = (torch.tensor(s.losses, dtype=torch.float64) for s in (ours, one))
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10, msg=name)
+            assert ours.violations == one.violations, name
+
+
+def spread_run(tokens: Path, out: Path, mesh: str) -> Steps:
+    return take(settings(tokens, out, mesh, {}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["dp=2,ep=2", "ep=4", "pp=2,ep=2"])
+def test_four_ranks_take_the_steps_of_one(mesh: str, tokens: Path, tmp_path: Path) -> None:
+    alone = take(settings(tokens, tmp_path, "", {}))
+    for found in on_ranks(4, spread_run, tokens, tmp_path, mesh):
+        compare(found, alone)
