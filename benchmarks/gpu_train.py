@@ -103,8 +103,8 @@ def step(
     balance: Balance,
     batch: Batch,
     mark: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """One step; `mark` is called at its start and after each of PARTS."""
+) -> tuple[Tensor, Tensor]:
+    """One step: the loss, and MaxVio a gate; `mark` is called at its start and after each of PARTS."""
     mark()
     states, routings = model.hidden(batch.tokens, batch.packing)
     mark()
@@ -115,9 +115,9 @@ def step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     balance.observe([*routings, *more])
-    balance.update(1e-3)
+    violation = balance.update(1e-3)
     mark()
-    return loss.detach()
+    return loss.detach(), violation
 
 
 class Marks:
@@ -171,7 +171,7 @@ def main() -> None:
     rows = [uneven(total, draw) if wanted.packed else [LENGTH] * SEQUENCES for _ in range(WARM + wanted.steps)]
     batches = [Batch.of(row, config.vocab_size, 1 + int(wanted.mtp), seed) for seed, row in enumerate(rows)]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {abyssal.__file__}", flush=True)
-    first = float(step(model, optimizer, balance, batches[0]))
+    first = float(step(model, optimizer, balance, batches[0])[0])
     for batch in batches[1:WARM]:
         step(model, optimizer, balance, batch)
     torch.cuda.synchronize()
@@ -180,7 +180,7 @@ def main() -> None:
     start = time.perf_counter()
     for batch in batches[WARM:]:
         marks, began = Marks(), time.perf_counter()
-        last = step(model, optimizer, balance, batch, marks)
+        last, violation = step(model, optimizer, balance, batch, marks)
         hosts.append((time.perf_counter() - began) * 1e3)
         every.append(marks)
     torch.cuda.synchronize()
@@ -191,7 +191,8 @@ def main() -> None:
     print(f"{' '.join(names) or 'plain'}: {whole:.2f} ms a step, {total / whole * 1e3:.0f} tokens/s; "
           + ", ".join(f"{name} {took:.2f}" for name, took in zip(PARTS, parts))
           + f"; wall {wall:.2f}, host {statistics.median(hosts):.2f}; "
-          f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB; loss {first:.4f} -> {float(last):.4f}",
+          f"peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB; loss {first:.4f} -> {float(last):.4f}, "
+          f"MaxVio {float(violation.mean()):.2f} in the last step",
           flush=True)  # fmt: skip
     if wanted.profile:
         profile(lambda: step(model, optimizer, balance, batches[-1]), 60)

@@ -8,7 +8,7 @@ What comes out lies as the products of q and of kv need it for their own gradien
 The rotary part of a query's gradient is turned back by its angles on the way, where they are given.
 
 Where the tiles of uneven sequences lie is found on the device, by `plan_kernel`: the host knows only T and S, and
-starts T // KEYS + S programs a head, of which those without a tile end at once.
+starts T // KEYS + S programs a head, or a few more, of which those without a tile end at once.
 """
 
 import torch
@@ -22,7 +22,7 @@ KEYS = 128  # keys a tile of the schedule
 LOG2E = 1.4426950408889634
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "tiles"])
 def plan_kernel(cu, plan, sequences, tiles, KEYS: tl.constexpr, BLOCK: tl.constexpr):
     """Program s plans the tiles of sequence s, KEYS tokens each, among those of all, the ones with most work first.
 
@@ -115,7 +115,7 @@ def _narrow(
     tl.store(at, value.to(dq.dtype.element_ty), mask=inside[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def narrow_kernel(
     dq_wide, dq, cos, sin, plan, tiles, heads, scale,
     WIDTH: tl.constexpr, LEFT: tl.constexpr, HALVES: tl.constexpr, KEYS: tl.constexpr, TURNED: tl.constexpr,
@@ -253,6 +253,13 @@ def queries_kernel(
             _put(dq + head * (N + R) + N, dqr * scale, query, heads * (N + R), mine, R, RP)
 
 
+def tiles_of(tokens: int, sequences: int) -> int:
+    """Enough for any packing; of many a multiple of 32, so that batches of about as many sequences need buffers of one
+    size and kernels of one kind."""
+    tiles = tokens // KEYS + sequences
+    return tiles if tiles < 128 else -(-tiles // 32) * 32
+
+
 def one_pass(q_nope: Tensor, q_rope: Tensor | None, v: Tensor) -> bool:
     """Whether the one-pass kernel takes tensors of these widths."""
     from abyssal.kernels import attention_backward_gluon
@@ -281,7 +288,7 @@ def attention_backward(
         for t in (q_nope, q_rope, k_nope, k_rope, v, d_out, out, lse)
     )
     sequences = cu.shape[0] - 1
-    tiles = T // KEYS + sequences
+    tiles = tiles_of(T, sequences)
     once = not deterministic and q_nope.is_cuda and one_pass(q_nope, q_rope, v)
     b = buffers or Buffers(q_nope, T, H, N, R, V, sequences, once)
     cos, sin = (b.stats, b.stats) if angles is None else (t.contiguous() for t in angles)
@@ -330,7 +337,7 @@ class Buffers:
     """What the backward writes. A test fills it with NaN."""
 
     def __init__(self, like: Tensor, T: int, H: int, N: int, R: int, V: int, sequences: int, once: bool) -> None:
-        tiles = T // KEYS + sequences
+        tiles = tiles_of(T, sequences)
         self.plan = like.new_empty(4, tiles, dtype=torch.int32)
         self.stats = like.new_empty(H, 2, tiles * KEYS, dtype=torch.float32)
         # Blocks of 64 rows for each head and tile. A tile of queries that runs over the end adds zeros to the next.

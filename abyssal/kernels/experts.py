@@ -18,7 +18,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from abyssal.kernels.experts_gradients import hidden_kernel, weights_kernel
 from abyssal.kernels.experts_products import PIECE, rows_kernel
 from abyssal.kernels.experts_rows import clear_behind, sum_parts, sum_rows
-from abyssal.kernels.experts_sort import Order, order_by_expert
+from abyssal.kernels.experts_sort import Order, by_load, order_by_expert
 
 GROUP = 16  # row tiles that share a weight tile while it is in L2: 16 · 128 rows beside 8 · 256 columns, about a wave
 STAGES = 4  # 192 of the 227 KiB of shared memory
@@ -87,24 +87,24 @@ def hidden_product(dy: Tensor, w2: Tensor, kept: Tensor, order: Order) -> tuple[
     return da, db, hidden, parts
 
 
-def inner_weights_product(x: Tensor, da: Tensor, db: Tensor, order: Order) -> tuple[Tensor, Tensor]:
+def inner_weights_product(x: Tensor, da: Tensor, db: Tensor, order: Order, busiest: Tensor) -> tuple[Tensor, Tensor]:
     """dw1, dw3 `[E, F, D]`."""
     E, F, D = order.starts.numel() - 1, da.shape[1], x.shape[1]
     dw1, dw3 = (x.new_empty(E, F, D) for _ in range(2))
     weights_kernel[(_programs(x.device),)](
-        _view(da, 64, 64), _view(db, 64, 64), x, order.token, order.starts, _view(dw1, 64, 64), dw1,
+        _view(da, 64, 64), _view(db, 64, 64), x, order.token, order.starts, busiest, _view(dw1, 64, 64), dw1,
         _view(dw3, 64, 64), dw3, E, D // 8, F // 8, 2, GROUP, STAGES, **OPTIONS,
     )  # fmt: skip
     return dw1, dw3
 
 
-def outer_weights_product(dy: Tensor, hidden: Tensor, order: Order) -> Tensor:
+def outer_weights_product(dy: Tensor, hidden: Tensor, order: Order, busiest: Tensor) -> Tensor:
     """dw2 `[E, D, F]`."""
     E, F, D = order.starts.numel() - 1, hidden.shape[1], dy.shape[1]
     dw2 = dy.new_empty(E, D, F)
     weights_kernel[(_programs(dy.device),)](
-        _view(hidden, 64, 64), None, dy, order.token, order.starts, _view(dw2, 64, 64), dw2, None, None, E, D // 8,
-        F // 8, 1, GROUP, STAGES, **OPTIONS,
+        _view(hidden, 64, 64), None, dy, order.token, order.starts, busiest, _view(dw2, 64, 64), dw2, None, None, E,
+        D // 8, F // 8, 1, GROUP, STAGES, **OPTIONS,
     )  # fmt: skip
     return dw2
 
@@ -158,9 +158,10 @@ def _backward(
     dy = dy.contiguous()
     da, db, hidden, parts = hidden_product(dy, w2, kept, order)
     d_weights = sum_parts(parts, order.place, dtype).view(x.shape[0], -1)
-    dw2 = outer_weights_product(dy, hidden, order)
+    busiest = by_load(order.starts)
+    dw2 = outer_weights_product(dy, hidden, order, busiest)
     del hidden, parts
-    dw1, dw3 = inner_weights_product(x, da, db, order)
+    dw1, dw3 = inner_weights_product(x, da, db, order, busiest)
     dx = sum_rows(input_product(da, db, w1, w3, order), order.place.view(-1, chosen))
     return dx, dw1, dw2, dw3, d_weights
 
@@ -180,9 +181,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(x, w1, w2, w3, kept, integers, weight)
     ctx.chosen, ctx.dtype = weights.shape[1], weights.dtype
     ctx.mark_non_differentiable(kept, integers, weight)
+    ctx.set_materialize_grads(False)  # zeros for what is kept would be a pass over memory
 
 
-def _differentiate(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
     dx, dw1, dw2, dw3, d_weights = torch.ops.abyssal.grouped_experts_backward(
         dy, *ctx.saved_tensors, ctx.chosen, ctx.dtype
     )

@@ -136,16 +136,36 @@ def hidden_kernel(dy, token, w2_desc, a_desc, b_desc, da_desc, da, db_desc, db, 
 
 
 @gluon.jit
-def _load_weights(left_desc, left2_desc, source, token, starts, E, a_ring, b_ring, ready, empty, D, F,
+def waves_of(count):
+    """How many of `count` tiles, dealt out there and back, are this program's."""
+    programs = gl.num_programs(0)
+    full = count // programs
+    return full + (seat(full) < count - full * programs).to(gl.int32)
+
+
+@gluon.jit
+def seat(wave):
+    """This program's place in the order of a round."""
+    return gl.program_id(0) + wave % 2 * (gl.num_programs(0) - 1 - 2 * gl.program_id(0))
+
+
+@gluon.jit
+def tile_of(wave):
+    return wave * gl.num_programs(0) + seat(wave)
+
+
+@gluon.jit
+def _load_weights(left_desc, left2_desc, source, token, starts, busiest, E, a_ring, b_ring, ready, empty, D, F,
                   SIDES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     rows = (F + 127) // 128
     columns = (D + 255) // 256
     tiles = rows * SIDES * columns
     lines = gl.arange(0, 64, layout=gl.SliceLayout(1, LINES))
     turn = 0
-    for tile in range(gl.program_id(0), E * tiles, gl.num_programs(0)):
-        expert = tile // tiles
-        m, n = tile_at(tile - expert * tiles, rows * SIDES, columns, GROUP)
+    for wave in range(waves_of(E * tiles)):
+        tile = tile_of(wave)
+        expert = gl.load(busiest + tile // tiles)
+        m, n = tile_at(tile % tiles, rows * SIDES, columns, GROUP)
         start = gl.load(starts + expert)
         end = gl.load(starts + expert + 1)
         across = n * 256 + gl.arange(0, 256, layout=gl.SliceLayout(0, LINES))
@@ -173,17 +193,18 @@ def _load_weights(left_desc, left2_desc, source, token, starts, E, a_ring, b_rin
 
 
 @gluon.jit
-def _multiply_weights(results, starts, E, a_ring, b_ring, ready, empty, staging, D, F, SIDES: gl.constexpr,
-                      GROUP: gl.constexpr, STAGES: gl.constexpr, WG: gl.constexpr):  # fmt: skip
+def _multiply_weights(results, starts, busiest, E, a_ring, b_ring, ready, empty, staging, D, F,
+                      SIDES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, WG: gl.constexpr):  # fmt: skip
     out_desc, out, out2_desc, out2 = results
     rows = (F + 127) // 128
     columns = (D + 255) // 256
     tiles = rows * SIDES * columns
     turn = 0
     sent = 0
-    for tile in range(gl.program_id(0), E * tiles, gl.num_programs(0)):
-        expert = tile // tiles
-        m, n = tile_at(tile - expert * tiles, rows * SIDES, columns, GROUP)
+    for wave in range(waves_of(E * tiles)):
+        tile = tile_of(wave)
+        expert = gl.load(busiest + tile // tiles)
+        m, n = tile_at(tile % tiles, rows * SIDES, columns, GROUP)
         steps = (gl.load(starts + expert + 1) - gl.load(starts + expert) + 63) // 64
         acc, turn = multiply(a_ring, b_ring, ready, empty, turn, steps, WG, True, False, True, STAGES)
         left, right = halves(acc, HALF)
@@ -202,12 +223,15 @@ def _multiply_weights(results, starts, E, a_ring, b_ring, ready, empty, staging,
 
 
 @gluon.jit(do_not_specialize=["E", "D8", "F8"])
-def weights_kernel(left_desc, left2_desc, source, token, starts, out_desc, out, out2_desc, out2, E, D8, F8,
+def weights_kernel(left_desc, left2_desc, source, token, starts, busiest, out_desc, out, out2_desc, out2, E, D8, F8,
                    SIDES: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """The experts' weights' gradients, sums over each expert's rows; zero for an expert without any.
 
     SIDES 2: dw1, dw3 `[E, F, D]` from da, db `[N, F]` and x `[T, D]`, gathered. SIDES 1: dw2 `[E, D, F]` from hidden
     `[N, F]` and dy `[T, D]`, gathered; the tiles are the transpose's, since F has more divisors of 128 than of 256.
+
+    A tile takes as long as its expert has rows. Tiles are dealt out in the order of `busiest [E]`, there and back: who
+    got the longest of one round gets the shortest of the next.
     """
     D = D8 * 8
     F = F8 * 8
@@ -217,12 +241,12 @@ def weights_kernel(left_desc, left2_desc, source, token, starts, out_desc, out, 
     results = (out_desc, out, out2_desc, out2)
     gl.warp_specialize(
         [
-            (_multiply_weights, (results, starts, E, a_ring, b_ring, ready, empty, staging, D, F, SIDES, GROUP,
-                                 STAGES, 0)),
-            (_multiply_weights, (results, starts, E, a_ring, b_ring, ready, empty, staging, D, F, SIDES, GROUP,
-                                 STAGES, 1)),
-            (_load_weights, (left_desc, left2_desc, source, token, starts, E, a_ring, b_ring, ready, empty, D, F,
-                             SIDES, GROUP, STAGES)),
+            (_multiply_weights, (results, starts, busiest, E, a_ring, b_ring, ready, empty, staging, D, F, SIDES,
+                                 GROUP, STAGES, 0)),
+            (_multiply_weights, (results, starts, busiest, E, a_ring, b_ring, ready, empty, staging, D, F, SIDES,
+                                 GROUP, STAGES, 1)),
+            (_load_weights, (left_desc, left2_desc, source, token, starts, busiest, E, a_ring, b_ring, ready, empty,
+                             D, F, SIDES, GROUP, STAGES)),
         ],
         [4, 4],
         [216, 72],

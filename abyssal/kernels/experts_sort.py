@@ -102,6 +102,44 @@ def _place(indices, weights, firsts, token, weight, place, N, K, E, EP: tl.const
         tl.store(place + at, tl.where(live, row, -1), mask=at < N)
 
 
+@torch.library.custom_op("abyssal::count_experts", mutates_args=())
+def count(indices: Tensor, experts: int) -> Tensor:
+    """`[E]` int64: how many of `indices` are each expert; those that are no expert's are not counted."""
+    N, chunks = indices.numel(), triton.cdiv(indices.numel(), CHUNK)
+    width = max(16, triton.next_power_of_2(experts))
+    counts = torch.empty(chunks, width, dtype=torch.int32, device=indices.device)
+    _count[(chunks,)](indices.contiguous(), counts, N, experts, width, max(16, min(128, 8192 // width)), CHUNK)
+    return counts[:, :experts].sum(0)
+
+
+@count.register_fake
+def _(indices: Tensor, experts: int) -> Tensor:
+    return indices.new_empty(experts, dtype=torch.int64)
+
+
+@triton.jit
+def _by_load(starts, busiest, E, PART: tl.constexpr):
+    mine = tl.program_id(0) * PART + tl.arange(0, PART)
+    rows = tl.load(starts + mine + 1, mask=mine < E, other=0) - tl.load(starts + mine, mask=mine < E, other=0)
+    rank = tl.zeros([PART], tl.int32)
+    for low in range(0, E, PART):
+        other = low + tl.arange(0, PART)
+        theirs = tl.load(starts + other + 1, mask=other < E, other=0) - tl.load(starts + other, mask=other < E, other=1)
+        before = (theirs[None, :] > rows[:, None]) | (
+            (theirs[None, :] == rows[:, None]) & (other[None, :] < mine[:, None])
+        )
+        rank += tl.sum(before.to(tl.int32), 1)
+    tl.store(busiest + rank, mine, mask=mine < E)
+
+
+def by_load(starts: Tensor) -> Tensor:
+    """`[E]` int32: the experts, those with most rows first, of `Order.starts`."""
+    experts = starts.numel() - 1
+    busiest = torch.empty(experts, dtype=torch.int32, device=starts.device)
+    _by_load[(triton.cdiv(experts, 16),)](starts, busiest, experts, 16, num_warps=1)
+    return busiest
+
+
 def order_by_expert(indices: Tensor, weights: Tensor, experts: int, rows: int | None = None) -> Order:
     """The order of `indices [T, K]` and `weights [T, K]`, without a word to the host. An index outside 0..experts - 1
     gets no row; there are `rows` rows, at least as many as choices (None: T·K), of which the last may be unused, and

@@ -187,6 +187,7 @@ def _like(x: Tensor) -> Tensor:
 def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(inputs[0], inputs[1], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
 def _keep_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -195,7 +196,9 @@ def _keep_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _of_rows(ctx: Any, d_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _of_rows(ctx: Any, d_out: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return None, None, None
     return *_backward(*ctx.saved_tensors, d_out, None), None
 
 
@@ -208,3 +211,20 @@ def _of_total(ctx: Any, d_total: Tensor | None, d_out: Tensor | None, _: Tensor 
 
 trained_rms_norm.register_autograd(_of_rows, setup_context=_keep_rows)
 trained_add_norm.register_autograd(_of_total, setup_context=_keep_total)
+
+
+class NormBeside(torch.autograd.Function):
+    """x itself and its norm: what comes back for x is added in the norm's own pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, scale = trained_rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.set_materialize_grads(False)
+        return x.view_as(x), out
+
+    @staticmethod
+    def backward(ctx: Any, d_x: Tensor | None, d_out: Tensor | None) -> tuple[Tensor | None, ...]:
+        if d_out is None:
+            return d_x, None, None
+        return *_backward(*ctx.saved_tensors, d_out, d_x), None

@@ -121,10 +121,19 @@ def _keep_kv(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> N
     kv, weight, _, cos, sin = inputs
     ctx.save_for_backward(kv, weight, cos, sin, output[2])
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
-def _norm_and_key(ctx: Any, d_latent: Tensor, d_rope: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    return *_norm_rotate_backward(*ctx.saved_tensors, d_latent, d_rope), None, None, None
+def _norm_and_key(
+    ctx: Any, d_latent: Tensor | None, d_rope: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # asked for once: recomputation does not allow more
+    kv, weight = saved[:2]
+    if d_latent is None:
+        d_latent = kv.new_zeros(kv.shape[0], weight.shape[0])
+    if d_rope is None:
+        d_rope = kv.new_zeros(kv.shape[0], kv.shape[1] - weight.shape[0])
+    return *_norm_rotate_backward(*saved, d_latent, d_rope), None, None, None
 
 
 norm_rotate.register_autograd(_norm_and_key, setup_context=_keep_kv)

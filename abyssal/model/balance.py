@@ -12,6 +12,7 @@ from torch import Tensor
 
 from abyssal.model.experts import Gate, Routing
 from abyssal.model.packing import Packing
+from abyssal.ops.counts import count_picks
 
 Whole = Callable[[Tensor], Tensor]  # adds a tensor up over the pieces of a batch
 
@@ -23,10 +24,7 @@ def alone(counts: Tensor) -> Tensor:
 
 def expert_counts(routing: Routing, live: Tensor | None = None) -> Tensor:
     """[E] int64: how many tokens picked each expert, of those where `live [T]` is true (None: all)."""
-    experts = routing.scores.shape[-1]
-    one = torch.ones_like(routing.indices) if live is None else live[:, None].expand_as(routing.indices).long()
-    counts = torch.zeros(experts, dtype=torch.int64, device=routing.indices.device)
-    return counts.scatter_add_(0, routing.indices.flatten(), one.flatten())
+    return count_picks(routing.indices, routing.scores.shape[-1], live)
 
 
 def max_violation(counts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from abyssal.config import ModelConfig
 from abyssal.model.layers import MLP, Pinned
 from abyssal.ops.experts import experts, read_together, with_shared
+from abyssal.ops.fork import fork
 from abyssal.ops.fp8_linear import fp8_experts
 from abyssal.ops.gate import gate
 
@@ -92,10 +93,11 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`[T, D]` -> `[T, D]` and what the gate decided."""
-        routing = self.gate(x)
         e, s = self.experts, self.shared_experts
+        x, for_gate, for_shared = fork(x, 3) if s is not None else (x, x, x)
+        routing = self.gate(for_gate)
         if s is not None and s.w1.scale is None and read_together(x, e.w1, e.w2, e.w3, routing.indices, s.w1.weight):
             shared = s.w1.weight, s.w2.weight, s.w3.weight
             return with_shared(x, e.w1, e.w2, e.w3, routing.indices, routing.weights, *shared), routing
         y = e(x, routing)
-        return (y if s is None else y + s(x)), routing
+        return (y if s is None else s.add_to(y, for_shared)), routing

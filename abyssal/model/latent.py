@@ -160,8 +160,8 @@ class LatentAttention(nn.Module):
     def whole(self, x: Tensor, angles: Rotary, packing: Packing) -> Tensor:
         """`[T, H, V]`: `expanded` over whole sequences without a cache. Each product goes on in one piece, and so does
         its gradient on the way back."""
-        q = self.project_queries(x)
-        latent, k_rope = norm_rotate(self.wkv_a(x), self.kv_norm.weight, LATENT_EPS, *angles)
+        q, rows = self.project(x)
+        latent, k_rope = norm_rotate(rows, self.kv_norm.weight, LATENT_EPS, *angles)
         kv = self.wkv_b(latent).unflatten(-1, (self.config.num_attention_heads, -1))
         return latent_attention(q, kv, k_rope, *angles, packing.cu_seqlens, packing.max_len, self.config.softmax_scale)
 

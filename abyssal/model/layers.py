@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from abyssal.ops.fp8 import dequantize
 from abyssal.ops.fp8_linear import fp8_linear
 from abyssal.ops.gated import gated, gated_halves
-from abyssal.ops.linear import adjoin, adjoining, linear
-from abyssal.ops.norm import add_norm, rms_norm
+from abyssal.ops.linear import adjoin, adjoining, linear, linears
+from abyssal.ops.norm import add_norm, norm_beside, rms_norm
 
 
 class Pinned(nn.Module):
@@ -57,7 +57,10 @@ class Linear(Pinned):
 
 
 def beside(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
-    """Several maps of one input: one product where their weights adjoin (`join`), else one after the other."""
+    """Several maps of one input: one product where their weights adjoin (`join`), else one after the other; in
+    training on a GPU their products back add to one gradient."""
+    if _trained(x, *maps):
+        return linears(x, *(m.weight for m in maps))
     joined = None if any(m.scale is not None for m in maps) else adjoining([m.weight for m in maps])
     if joined is None or joined.dtype != x.dtype:
         return tuple(m(x) for m in maps)
@@ -71,13 +74,18 @@ def join(*maps: Linear) -> None:
 
 
 def trained_together(x: Tensor, *maps: Linear) -> Tensor | None:
-    """In training on a GPU, several maps of one input as one product, `[..., sum of their outputs]`, and one backward:
+    """In training on a GPU, several maps of one input as one product, `[T, sum of their outputs]`, and one backward:
     the weights are copied together, which is little beside the rows of a batch. None elsewhere."""
-    plain = all(type(m).forward is Linear.forward and m.weight.dtype == x.dtype for m in maps)
-    learns = torch.is_grad_enabled() and all(m.weight.requires_grad for m in maps)
-    if not (plain and learns and x.is_cuda and x.shape[0] >= 512):
+    if not (_trained(x, *maps) and x.shape[0] >= 512):
         return None
     return linear(x, torch.cat([m.weight for m in maps]))
+
+
+def _trained(x: Tensor, *maps: Linear) -> bool:
+    """Whether gradients are wanted of maps on a GPU that are no more than their weights (a map may have another class,
+    which computes in FP8 or gathers its weight first)."""
+    plain = all(type(m) is Linear and "forward" not in m.__dict__ and m.weight.dtype == x.dtype for m in maps)
+    return plain and x.is_cuda and torch.is_grad_enabled() and all(m.weight.requires_grad for m in maps)
 
 
 class RMSNorm(nn.Module):
@@ -91,9 +99,20 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
 
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x, and the norm of it."""
+        return norm_beside(x, self.weight, self.eps)
+
     def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y, and the norm of that."""
         return add_norm(x, y, self.weight, self.eps)
+
+
+def add_map(y: Tensor, x: Tensor, linear_map: Linear) -> Tensor:
+    """y + linear_map(x), on a GPU added by the product itself, in y's place: nothing else may read y."""
+    if _trained(x, linear_map) and y.dtype == x.dtype:
+        return y.addmm_(x, linear_map.weight.T)
+    return y + linear_map(x)
 
 
 class MLP(nn.Module):
@@ -106,11 +125,20 @@ class MLP(nn.Module):
         self.w3 = Linear(width, inner)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.hidden(x))
+
+    def add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + self(x), perhaps in y's place."""
+        own = type(self) is MLP and "forward" not in self.__dict__
+        return add_map(y, self.hidden(x), self.w2) if own else y + self(x)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """`[T, inner]`: what w2 reads."""
         both = trained_together(x, self.w1, self.w3)
         if both is not None:
-            return self.w2(gated_halves(both))
+            return gated_halves(both)
         a, b = beside(x, self.w1, self.w3)
-        return self.w2(gated(a, b))
+        return gated(a, b)
 
     def join(self) -> None:
         """See `Transformer.join`."""

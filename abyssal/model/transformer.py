@@ -38,7 +38,8 @@ class Block(nn.Module):
         path: str | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """`x [T, D]` -> `[T, D]`, and what the gate decided where there is one."""
-        x, y, routing = self.parts(x, self.attn_norm(x), angles, packing, cache, path)
+        x, normed = self.attn_norm.beside(x)
+        x, y, routing = self.parts(x, normed, angles, packing, cache, path)
         return x + y, routing
 
     def parts(

@@ -71,9 +71,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     out, lse, q_rope = output
     ctx.save_for_backward(q, q_rope, kv, k_rope, out, lse, cu, cos, sin)
     ctx.mark_non_differentiable(lse, q_rope)
+    ctx.set_materialize_grads(False)  # zeros for q_rope would be a pass over memory
 
 
-def _gradients(ctx: Any, d_out: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, d_out: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if d_out is None:
+        return (None,) * 8
     q, q_rope, kv, k_rope, out, lse, cu, cos, sin = ctx.saved_tensors
     N = q.shape[-1] - k_rope.shape[-1]
     parts = (q[..., :N], q_rope, kv[..., :N], k_rope, kv[..., N:])

@@ -1,6 +1,7 @@
 """y = x Wᵀ for a few rows or many."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +42,31 @@ def linear(x: Tensor, weight: Tensor, path: str | None = None, settled: bool = F
     rows = [(weight.to(wide) * row).sum(-1) for row in flat.to(wide)]
     y = torch.stack(rows) if rows else flat.new_empty(0, weight.shape[0])
     return y.to(x.dtype).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """`x [T, in]`, each weight `[out, in]` -> each `[T, out]`, all of one dtype. Of the gradients of x, the second and
+    later ones are added by the products that make them, where autograd would add them afterwards."""
+    return cast(tuple[Tensor, ...], _Linears.apply(x, *weights))
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return tuple(torch.nn.functional.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        dx: Tensor | None = None
+        d_weights: list[Tensor | None] = []
+        for grad, weight, wanted in zip(grads, weights, ctx.needs_input_grad[1:]):
+            d_weights.append(grad.T @ x if grad is not None and wanted else None)
+            if grad is not None and ctx.needs_input_grad[0]:
+                dx = grad @ weight if dx is None else dx.addmm_(grad, weight)
+        return dx, *d_weights
 
 
 def _is_one_row(x: Tensor, weight: Tensor) -> bool:

@@ -46,6 +46,18 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, path: str | None 
     return total, rms_norm(total, weight, eps, path)
 
 
+def norm_beside(x: Tensor, weight: Tensor, eps: float, path: str | None = None) -> tuple[Tensor, Tensor]:
+    """x itself, to be read in the norm's stead by whom the stream goes on to, and `rms_norm(x)`. On "triton" both
+    gradients of x are added in the norm's pass. Paths as in `rms_norm`."""
+    if path is None:
+        path = "triton" if _fits(x, weight) else "reference"
+    if path == "triton" and _learns(x, weight):
+        from abyssal.kernels.norm import NormBeside
+
+        return NormBeside.apply(x, weight, eps)
+    return x, rms_norm(x, weight, eps, path)
+
+
 def _learns(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 

@@ -14,10 +14,13 @@ from abyssal.config import ModelConfig
 from abyssal.model.layers import MLP
 from abyssal.model.packing import Packing
 from abyssal.model.transformer import Transformer
+from abyssal.ops.counts import count_picks
+from abyssal.ops.fork import fork
 from abyssal.ops.gate import gate
 from abyssal.ops.gated import gated, gated_halves
 from abyssal.ops.latent_attention import latent_attention
-from abyssal.ops.norm import add_norm, rms_norm
+from abyssal.ops.linear import linears
+from abyssal.ops.norm import add_norm, norm_beside, rms_norm
 from abyssal.ops.paged import cumulative
 from abyssal.ops.rotary import norm_rotate, rotate
 
@@ -34,7 +37,7 @@ hopper = pytest.mark.skipif(
 
 def error(out: Tensor, exact: Tensor) -> float:
     assert out.isfinite().all() and out.shape == exact.shape
-    return float((out.double() - exact).norm() / exact.norm().clamp(min=1e-3))
+    return float((out.double() - exact).norm() / exact.norm().clamp(min=1e-2))
 
 
 def both(run: Callable[..., tuple[Tensor, ...]], leaves: list[Tensor], path: str | None) -> list[Tensor]:
@@ -66,6 +69,8 @@ def test_norm(n: int, D: int, dtype: torch.dtype, sliced: bool) -> None:
     x = x[:, 2 : 2 + D] if sliced else x[:, :D].contiguous()
     same(lambda x, w, path: (rms_norm(x, w, 1e-5, path),), [x, weight])
     same(lambda x, y, w, path: add_norm(x, y, w, 1e-5, path), [x, y, weight])
+    same(lambda x, w, path: norm_beside(x, w, 1e-5, path), [x, weight])
+    same(lambda x, path: tuple((i + 1) * t for i, t in enumerate(fork(x, 3, path))), [x])
 
 
 @settings(max_examples=25, deadline=None)
@@ -137,6 +142,20 @@ def test_latent_attention(lens: list[int], widths: tuple[int, int, int], determi
     exact = both(run, [t.double() for t in (q, kv, k_rope)], "split")
     for a, b in zip(found, exact, strict=True):
         assert error(a, b) < 8e-3
+
+
+@pytest.mark.parametrize("T, K, E", [(1, 1, 3), (5000, 4, 32), (33000, 8, 256)])
+def test_picks_are_counted(T: int, K: int, E: int) -> None:
+    indices, live = torch.randint(0, E, (T, K), device="cuda"), torch.rand(T, device="cuda") > 0.3
+    for mask in (None, live):
+        assert torch.equal(count_picks(indices, E, mask), count_picks(indices, E, mask, "reference"))
+
+
+def test_maps_of_one_input() -> None:
+    def run(x: Tensor, a: Tensor, b: Tensor, path: str | None) -> tuple[Tensor, ...]:
+        return linears(x, a, b) if path is None else (x @ a.T, x @ b.T)
+
+    same(run, [draw(700, 256), draw(384, 256), draw(72, 256)])
 
 
 def test_a_gated_mlp_of_one_product_is_that_of_two() -> None:
