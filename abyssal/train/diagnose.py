@@ -55,10 +55,29 @@ def watched(model: Transformer) -> Iterator[list[str]]:
 
 def first_gradient(gradients: Sequence[tuple[str, Tensor]]) -> str:
     """Which of a step's gradients is not finite, the last layer's first; in words."""
-    for name, gradient in reversed(gradients):
-        if not _finite(gradient):
-            return f"the gradient of {name} (every layer's output is finite)"
-    return "the gradient (every layer's output is finite)"
+    name = bad_gradient(gradients)
+    return f"the gradient{f' of {name}' if name else ''} (every layer's output is finite)"
+
+
+def bad_gradient(gradients: Sequence[tuple[str, Tensor]]) -> str | None:
+    """The name of the last layer's gradient that is not finite."""
+    return next((name for name, gradient in reversed(gradients) if not _finite(gradient)), None)
+
+
+def first_of_ranks(outputs: Sequence[str | None], gradients: Sequence[str | None]) -> str:
+    """What is not finite first, in words, where each rank found the output of one module or none, and likewise a
+    gradient."""
+    if any(outputs):
+        return f"the output of {min((name for name in outputs if name), key=_place)}"
+    last = max((name for name in gradients if name), key=_place, default=None)
+    return f"the gradient{f' of {last}' if last else ''} (every layer's output is finite)"
+
+
+def _place(name: str) -> tuple[int, int]:
+    """Where a module comes in the whole model, of which a rank may have only a part."""
+    part, *rest = name.split(".")
+    parts = ("embed", "layers", "norm", "head", "mtp")
+    return parts.index(part) if part in parts else len(parts), int(rest[0]) if rest and rest[0].isdecimal() else 0
 
 
 def _finite(value: Any) -> bool:

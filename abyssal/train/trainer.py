@@ -24,7 +24,7 @@ from abyssal.parallel.mesh import start
 from abyssal.parallel.state import described
 from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
-from abyssal.train.diagnose import NotFinite, first_gradient, first_not_finite, watched
+from abyssal.train.diagnose import NotFinite, bad_gradient, first_not_finite, first_of_ranks, watched
 from abyssal.train.lanes import Lanes
 from abyssal.train.optimizer import Kept, Optimizer
 from abyssal.train.parts import PARTS
@@ -212,21 +212,12 @@ class Trainer:
         if isinstance(self.spread, Alone):
             where = first_not_finite(self.model, [m.to(self.device) for m in micros], self.optimizer.gradients())
         else:
-            where = self._first_of_all(found)
+            outputs = self.accord.all(found[0] if found else None)
+            where = first_of_ranks(outputs, self.accord.all(bad_gradient(self.optimizer.gradients())))
         self.optimizer.drop_gradients()
         self.balance.counts.zero_()
         self.done = number - 1
         raise NotFinite(f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; first: {where}")
-
-    def _first_of_all(self, found: list[str]) -> str:
-        """What is not finite first on any rank, in words, the same on all; `found`: modules on this one."""
-        order = [name for name, _ in self.model.named_modules()]
-        mine = (order.index(found[0]), f"the output of {found[0]}") if found else None
-        outputs = [what for what in self.accord.all(mine) if what is not None]
-        if outputs:
-            return min(outputs)[1]
-        gradients = self.accord.all(first_gradient(self.optimizer.gradients()))
-        return next((what for what in gradients if what.startswith("the gradient of")), gradients[0])
 
     def _gradients(self, microbatches: Sequence[Microbatch], number: int) -> Tensor:
         """Forward and backward over a step's microbatches; the sums of its losses."""

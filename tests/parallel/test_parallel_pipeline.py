@@ -15,6 +15,7 @@ from abyssal.config import ModelConfig
 from abyssal.data import TokenSet
 from abyssal.parallel.halves import input_half, weight_half
 from abyssal.parallel.pipeline import check, layers_of, stages_of
+from abyssal.train.diagnose import NotFinite
 from abyssal.train.trainer import Trainer
 from abyssal.train.validation import Validator
 
@@ -45,6 +46,7 @@ class Found(NamedTuple):
     steps: Steps
     loss: float  # of validation, after the steps
     load: list[list[float]]
+    first: str  # what is not finite first where the last layer is not
 
 
 def run(tokens: Path, out: Path, mesh: str, cases: list[Case], steps: int) -> list[Found]:
@@ -54,8 +56,19 @@ def run(tokens: Path, out: Path, mesh: str, cases: list[Case], steps: int) -> li
         config = settings(tokens, out, mesh, model, **({"dtype": "float64"} | changes))
         taken = take(config, steps, made)
         measured = Validator(TokenSet.open(tokens), 500, 128, 64).measure(made[0].spread.measure)
-        found.append(Found(taken, measured.loss, measured.expert_load))
+        first = poisoned(made[0]) if not found else ""
+        found.append(Found(taken, measured.loss, measured.expert_load, first))
     return found
+
+
+def poisoned(trainer: Trainer) -> str:
+    name = f"layers.{trainer.model.config.num_hidden_layers - 1}.attn.wo.weight"
+    for key, master in zip(trainer.optimizer.names, trainer.optimizer.masters, strict=True):
+        if key == name:
+            master.detach().fill_(torch.inf)
+    with trainer.stream() as stream, pytest.raises(NotFinite) as error:
+        trainer.step(next(stream))
+    return str(error.value).partition("first: ")[2]
 
 
 def check_cases(tokens: Path, out: Path, mesh: str, cases: dict[str, Case], ranks: int, steps: int = 2) -> None:
@@ -76,6 +89,7 @@ def check_cases(tokens: Path, out: Path, mesh: str, cases: dict[str, Case], rank
                 assert torch.equal(bias, one.steps.biases[key]), f"{name}: {key}"
             assert ours.loss == pytest.approx(one.loss, rel=1e-9), name
             assert ours.load == one.load, name
+            assert ours.first == one.first, name
     names = [set(ours.steps.gradients) for ours in per_rank]
     assert all(names)
 
