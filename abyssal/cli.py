@@ -93,6 +93,43 @@ def train(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A preset's name, or a folder with a config.json.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE of `abyssal train`, as many as wanted.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="How many GPUs.")] = 1,
+    mesh: Annotated[
+        str | None, typer.Option(help="Ranks by axis: pp=16,dp=2,ep=64. [default: dp over all GPUs]")
+    ] = None,
+    stage: Annotated[
+        list[int] | None, typer.Option(help="Pipeline stages to walk. [default: the first, middle and last]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="Draw where the memory goes into this PNG, too.")] = None,
+) -> None:
+    """What training would take, on GPUs that aren't there: memory, traffic, speed, by walking its code on nothing.
+
+    abyssal plan deepseek-v3 --gpus 2048 --mesh pp=16,dp=2,ep=64 schedule=dualpipev batch_tokens=4096 sequence=4096
+    accumulate=15360 recompute=up reshard=false
+    """
+    from abyssal.plan import plan as make_plan
+    from abyssal.plan.setup import settings_of
+
+    err = Console(stderr=True)
+    made = make_plan(settings_of(model, settings or (), gpus, mesh), stage, lambda text: err.print(text, style="dim"))
+    if as_json:
+        print(json.dumps(made.to_dict(), indent=2))
+    else:
+        Console().print(made.render())
+    if picture is not None:
+        from abyssal.plan.picture import draw
+
+        draw(made, picture)
+        err.print(f"picture: {picture}", highlight=False, soft_wrap=True)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder, for its newest state, or a state's folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to write, in the public format.")],

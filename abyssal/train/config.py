@@ -95,16 +95,7 @@ class TrainConfig(BaseModel):
         settings = _read_file(file)
         if Path(file).is_dir():
             settings["out"] = str(file)  # the folder may have been moved
-        inner = settings.get("model_overrides")
-        changed: dict[str, Any] = dict(inner) if isinstance(inner, dict) else {}
-        for text in overrides:
-            key, equals, value = text.partition("=")
-            if not equals or not key:
-                raise ConfigError(f"override {text!r}: expected KEY=VALUE")
-            where, name = (changed, key.removeprefix("model.")) if key.startswith("model.") else (settings, key)
-            where[name] = _parse(value)
-        if changed:
-            settings["model_overrides"] = changed
+        override(settings, overrides)
         return cls.of(settings, where=str(file))
 
     @classmethod
@@ -156,6 +147,21 @@ class TrainConfig(BaseModel):
         paths = {key: Path(value).absolute() for key in ("data", "tokenizer", "out") if (value := getattr(self, key))}
         model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
         return self.model_copy(update={**paths, "model": model})
+
+
+def override(settings: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Takes each `KEY=VALUE` or `model.KEY=VALUE`, the value in JSON or, failing that, plain text, into plain settings.
+    Raises ConfigError for another form."""
+    inner = settings.get("model_overrides")
+    changed: dict[str, Any] = dict(inner) if isinstance(inner, dict) else {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override {text!r}: expected KEY=VALUE")
+        where, name = (changed, key.removeprefix("model.")) if key.startswith("model.") else (settings, key)
+        where[name] = _parse(value)
+    if changed:
+        settings["model_overrides"] = changed
 
 
 def run_names() -> list[str]:

@@ -9,14 +9,19 @@ What is cheap (norms, rotations, gates of an MLP, sums) is made anew whenever an
     experts     the routed experts' products
     block       all of these: only a block's input is kept
 
-A block is one region of `torch.utils.checkpoint`, and a policy says of each operation in it whether to keep its result.
+A block is one region of `torch.utils.checkpoint`. What is kept is kept here and not by its selective contexts: those
+count every operation of the region (2.13), and a sharded module gathers in the forward pass what the backward has.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from abyssal.config import ConfigError, ModelConfig
 
@@ -50,22 +55,44 @@ def recomputing(forward: Forward, operations: frozenset[str], config: ModelConfi
     again = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     if operations == frozenset(OPERATIONS):
         return again
-    policy = _policy(operations, config)
-    return partial(again, context_fn=partial(create_selective_checkpoint_contexts, policy))
-
-
-def _policy(operations: frozenset[str], config: ModelConfig) -> Callable[..., CheckpointPolicy]:
     N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     ranks = {config.kv_lora_rank: N + V}
     if config.q_lora_rank is not None:
         ranks[config.q_lora_rank] = N + R
+    kept = frozenset(OPERATIONS) - operations
 
-    def policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        kind = kind_of(operation, args, ranks)
-        keep = kind is not None and kind not in operations
-        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+        results: Results = defaultdict(deque)
+        return _Keep(kept, ranks, results), _Again(kept, ranks, results)
 
-    return policy
+    return partial(again, context_fn=contexts)
+
+
+Results = defaultdict[str, deque[Any]]  # of the operations that are kept, by name, in order
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps the results of some kinds of operations."""
+
+    def __init__(self, kinds: frozenset[str], ranks: Mapping[int, int], results: Results) -> None:
+        super().__init__()
+        self.kinds, self.ranks, self.results = kinds, ranks, results
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if kind_of(function, args, self.ranks) in self.kinds:
+            # Aliases: the tensors themselves will know the graph that knows these results.
+            self.results[function.name()].append(tree_map_only(torch.Tensor, torch.Tensor.detach, out))
+        return out
+
+
+class _Again(_Keep):
+    """Hands the results out again, each once, where the operations come by for the second time."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if kind_of(function, args, self.ranks) in self.kinds:
+            return self.results[function.name()].popleft()
+        return function(*args, **(kwargs or {}))
 
 
 def kind_of(operation: Any, args: tuple[Any, ...], ranks: Mapping[int, int]) -> str | None:

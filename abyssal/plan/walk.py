@@ -1,0 +1,222 @@
+"""One rank of a run, walked through on nothing: its memory, its work, its traffic.
+
+The model is built of fake tensors (shapes without values), the ranks are a fake process group, and what runs is the
+code of a real run: `Spread` or `Alone`, `Optimizer`, the objective's forward and backward. Routing counts as balanced.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from abyssal.config import ModelConfig
+from abyssal.data import Batch
+from abyssal.model.balance import Balance
+from abyssal.model.objective import LossScales, Microbatch, Totals
+from abyssal.model.transformer import Transformer
+from abyssal.ops.device import assumed
+from abyssal.parallel import Mesh, MeshShape, Spread
+from abyssal.parallel.cut import cut
+from abyssal.parallel.mesh import AXES, DATA, STAGE
+from abyssal.plan.order import Order, order_of
+from abyssal.plan.work import NODE, Traffic, Work
+from abyssal.train.alone import Alone
+from abyssal.train.config import TrainConfig
+from abyssal.train.optimizer import Kept, Optimizer
+from abyssal.train.wrap import wrap_blocks
+
+DEVICE = torch.device("cpu")  # of the fake tensors: torch's builds without CUDA cannot name another
+HOPPER = (9, 0)
+
+
+@dataclass
+class Walk:
+    """Of one rank. Bytes, and counts of a microbatch: forward and backward."""
+
+    rank: int
+    stage: int
+    numbers: int = 0  # of the model that this rank owns
+    memory: dict[str, int] = field(default_factory=dict)
+    peak: int = 0
+    activations: int = 0  # of a microbatch in a stage, until its backward pass; in the mean of the rank's stages
+    waiting: int = 1  # at most: microbatches that wait, in each of the rank's stages
+    flops: dict[str, int] = field(default_factory=dict)
+    passed: int = 0  # bytes of memory that operations other than products read and write
+    traffic: dict[Traffic, int] = field(default_factory=dict)
+
+
+def walk(config: TrainConfig, model: ModelConfig, stage: int) -> tuple[Walk, Order | None]:
+    """The first rank of a pipeline stage (0 without a pipeline), and the schedule's order where there is one.
+
+    Raises ConfigError or ValueError as a real run would.
+    """
+    shape = MeshShape.parse(config.mesh)
+    rank = stage * (shape.ranks // shape.pp)
+    lengths = _lengths(config)
+    tokens = torch.zeros(config.batch_tokens, dtype=torch.int64)
+    micro = Microbatch.of(Batch(tokens, lengths, torch.ones(config.batch_tokens)), model.num_nextn_predict_layers)
+    context = sum(n * (n + 1) / 2 for n in lengths) / config.batch_tokens
+    work = Work(context, config.batch_tokens / (shape.cp * shape.tp) * (model.num_experts_per_tok or 0))
+    with _ranks(rank, shape.ranks, bool(config.mesh)):
+        mesh = Mesh(shape, DEVICE.type) if config.mesh else None
+        with torch.device("meta"):
+            made = Transformer(model)
+        if mesh is not None:
+            micro = cut(micro, mesh)  # where there are values to cut by; the groups are made of values, too
+            for axes in (STAGE, DATA, AXES, ("cp", "tp"), *(tuple(a for a in STAGE if a != axis) for axis in STAGE)):
+                mesh.group(*axes)
+        with FakeTensorMode(allow_non_fake_inputs=True), assumed(HOPPER):
+            return _walk(config, made, micro, mesh, Walk(rank, stage), work)
+
+
+def _walk(
+    config: TrainConfig, model: Transformer, micro: Microbatch, mesh: Mesh | None, found: Walk, work: Work
+) -> tuple[Walk, Order | None]:
+    narrow = torch.bfloat16
+    ghost(model, torch.float32 if mesh else narrow)
+    spread: Alone | Spread
+    if mesh is None:
+        spread = Alone(model, config, DEVICE, narrow)
+        kept = spread.parameters()
+    else:
+        wrap = lambda m: wrap_blocks(m, config)  # noqa: E731
+        spread = Spread(model, mesh, DEVICE, narrow, config.reshard, wrap, config.schedule, config.accumulate)
+        kept = [Kept(p.name, p.param, p.local) for p in spread.parameters()]
+    optimizer = Optimizer(kept, config)
+    balance = Balance(model.gates())
+    found.numbers = sum(k.master.numel() for k in kept)
+    scales = LossScales(config.mtp_weight, config.sequence_balance, config.auxiliary_balance)
+    memory = MemTracker()
+    memory.track_external(model, *optimizer.masters)
+    if isinstance(spread, Spread) and spread.pipeline is not None:
+        order: Order | None = _stages(found, spread, micro, scales, optimizer, balance, memory, work)
+    else:
+        order = None
+        # The first step makes the optimizer's moments; the second is as all that follow.
+        for again in (False, True):
+            with memory:  # its peak is of what happens within
+                before = total(memory)
+                with work if again else nullcontext():
+                    if isinstance(spread, Alone):
+                        spread.run([micro], scales, optimizer.collect, balance)
+                    else:
+                        spread.passes([micro], _totals(micro), scales, optimizer.collect, balance)
+                found.peak = total(memory, "peak")
+                found.activations = max(0, found.peak - before - _gradients(optimizer))
+                norms = spread.norms(optimizer.squares())
+                optimizer.update(1e-3, norms[-1], torch.zeros((), device=DEVICE))
+                found.peak = total(memory, "peak")
+    found.memory = {
+        "parameters, float32": sum(m.numel() * 4 for m in optimizer.masters),
+        "parameters, bf16": 0 if mesh else found.numbers * 2,
+        "gradients": sum(m.numel() * 4 for m in optimizer.masters),
+        "moments": sum(t.numel() * t.element_size() for k, t in optimizer.state().items() if k.startswith("exp_avg")),
+        "activations": found.activations * found.waiting,
+    }
+    found.flops, found.passed, found.traffic = dict(work.flops), sum(work.passed.values()), dict(work.traffic)
+    return found, order
+
+
+def _stages(
+    found: Walk, spread: Spread, micro: Microbatch, scales: LossScales, optimizer: Optimizer, balance: Balance,
+    memory: MemTracker, work: Work,
+) -> Order:  # fmt: skip
+    """The rank's stages, one after the other, forward and backward once."""
+    pipeline = spread.pipeline
+    assert pipeline is not None
+    totals, local = _totals(micro), micro.to(DEVICE)
+    width, before = spread.model.config.hidden_size, total(memory)
+    transient = gathered = 0
+    for s, stage in zip(pipeline.own, pipeline.stages):
+        stage.begin([local], totals, scales)
+        x = torch.empty(local.tokens.shape[0], width, dtype=torch.bfloat16, device=DEVICE, requires_grad=s > 0)
+        start = total(memory)
+        # The first pass may leave gathered parameters behind as well, the second only what it keeps for its backward.
+        with memory:
+            first = stage(x)
+        between = total(memory)
+        memory.reset_mod_stats()
+        with memory, work:
+            y = stage(x.detach().requires_grad_(s > 0))
+        kept = total(memory) - between
+        found.activations += kept
+        gathered += between - start - kept
+        with memory, work:
+            y.backward(None if y.ndim == 0 else torch.empty_like(y))
+        transient = max(transient, total(memory, "peak") - between - kept)
+        with memory:
+            first.backward(None if y.ndim == 0 else torch.empty_like(y))
+        for neighbour in (s + 1 if s + 1 < pipeline.count else None, s - 1 if s else None):
+            if neighbour is not None and neighbour not in pipeline.own:
+                far = spread.mesh.size(*STAGE) >= NODE
+                sent = Traffic("send", "InfiniBand" if far else "NVLink", 2)
+                work.traffic[sent] += x.numel() * x.element_size()
+        del x, y, first
+        stage.end()
+    with memory:
+        optimizer.collect()
+        gradients = _gradients(optimizer)
+        norms = spread.norms(optimizer.squares())
+        optimizer.update(1e-3, norms[-1], torch.zeros((), device=DEVICE))
+    order = order_of(pipeline._scheduled(local), pipeline.schedule, spread.mesh.shape.pp, pipeline.microbatches)
+    found.waiting = order.waiting[spread.mesh.place("pp")]
+    moments = total(memory) - before
+    found.activations //= len(pipeline.stages)
+    found.peak = before + moments + gradients + gathered + found.waiting * found.activations + transient
+    return order
+
+
+def ghost(model: Transformer, dtype: torch.dtype) -> None:
+    """Gives a model on the meta device fake tensors instead."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                made.setdefault(id(p), nn.Parameter(torch.empty(p.shape, dtype=dtype, device=DEVICE)))
+                module._parameters[name] = made[id(p)]
+        for name, b in module._buffers.items():
+            if b is not None:
+                module._buffers[name] = torch.empty(b.shape, dtype=b.dtype, device=DEVICE)
+
+
+def total(memory: MemTracker, which: str = "current") -> int:
+    """Bytes that are held, or were at most."""
+    snapshot: Any = memory.get_tracker_snapshot(which)
+    return sum(int(kinds["Total"]) for kinds in snapshot.values())
+
+
+def _gradients(optimizer: Optimizer) -> int:
+    return sum(g.numel() * g.element_size() for _, g in optimizer.gradients())
+
+
+def _totals(micro: Microbatch) -> Totals:
+    """Fake ones."""
+    depths = len(micro.targets)
+    return Totals(torch.empty(()), torch.empty(depths), torch.empty(depths))
+
+
+def _lengths(config: TrainConfig) -> list[int]:
+    """Documents as long as they may be."""
+    full, rest = divmod(config.batch_tokens, config.sequence)
+    return [config.sequence] * full + ([rest] if rest else [])
+
+
+@contextmanager
+def _ranks(rank: int, ranks: int, wanted: bool) -> Iterator[None]:
+    """A process group of ranks that aren't there."""
+    if not wanted:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
