@@ -1,6 +1,8 @@
 """What the ranks of a run settle between them, on the CPU and without waiting for a GPU."""
 
+import secrets
 import signal
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -54,3 +56,24 @@ class Accord:
         """Returns when every rank is here."""
         if self._group is not None:
             dist.barrier(self._group)
+
+
+def fresh(store: dist.Store, rank: int, world: int) -> dist.Store:
+    """A part of the store that only these ranks know. torchrun's own outlives the ranks it restarts, and holds the
+    addresses of those that died, which their successors would take for each other's."""
+    if rank > 0:
+        mine = secrets.token_hex(8)
+        store.set(f"hello/{rank}", mine)
+        part = store.get(f"answer/{mine}").decode()
+        store.set(f"{part}/{rank}", "heard")
+        return dist.PrefixStore(part, store)
+    part = secrets.token_hex(8)
+    silent = set(range(1, world))
+    while silent:  # a greeting may be a dead rank's, so each is answered until it is known that it was heard
+        for other in sorted(silent):
+            if store.check([f"{part}/{other}"]):
+                silent.discard(other)
+            elif store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", part)
+        time.sleep(0.01)
+    return dist.PrefixStore(part, store)

@@ -14,10 +14,14 @@ from typing import Self
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
+
+from abyssal.parallel.accord import fresh
 
 AXES = ("pp", "dp", "ep", "cp", "tp")
 STAGE = ("dp", "ep", "cp", "tp")  # the ranks of one pipeline stage
 DATA = ("dp", "ep")  # the ranks that read different batches
+PATIENCE = timedelta(minutes=10)  # with a rank that doesn't come to a collective
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ def start(device: torch.device) -> torch.device:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
+        dist.init_process_group(backend, store=fresh(store, rank, world), rank=rank, world_size=world, timeout=PATIENCE)
     return device
 
 
