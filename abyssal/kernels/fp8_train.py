@@ -8,9 +8,7 @@ reads a tile of 128x128 once and writes both, each rounded from the wide numbers
 Everything is padded with zeros to whole blocks of 128. Scales of rows are stored a block at a time, `[blocks, rows]`.
 """
 
-from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -111,7 +109,7 @@ def _round_blocks(weight, q, scale, rows, width, stride, q_stride, scale_stride,
         tl.store(scale + i * scale_stride + j, own)
 
 
-Rounded = tuple[Tensor, Tensor, Tensor, Tensor]
+Rounded = tuple[Tensor, Tensor, Tensor, Tensor]  # numbers and scales, and the same turned
 
 
 def _room(rows: int, columns: int, turned: bool, like: Tensor) -> Rounded:
@@ -125,32 +123,10 @@ def _room(rows: int, columns: int, turned: bool, like: Tensor) -> Rounded:
     return q, scale, turned_q, like.new_empty(rows, across, dtype=torch.float32)
 
 
-def _opaque(known: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """An operator to a compiler, which is told by `known` what comes of it, and a plain function otherwise: an
-    operator's own cost on the host is that of several launches."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        operator = torch.library.custom_op(f"abyssal::fp8_{function.__name__}", function, mutates_args=())
-        operator.register_fake(known)
-
-        @wraps(function)
-        def call(*arguments: Any) -> Any:
-            return (operator if torch.compiler.is_compiling() else function)(*arguments)
-
-        return call
-
-    return decorate
-
-
-def _rows_room(x: Tensor, turned: bool) -> Rounded:
-    return _room(-(-x.shape[0] // 128), -(-x.shape[1] // 128), turned, x)
-
-
-@_opaque(_rows_room)
-def round_rows(x: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def round_rows(x: Tensor, turned: bool) -> Rounded:
     """`x [T, K]`, rows contiguous -> e4m3 `[T', K']` and its scales `[K'/128, T']`; the same of xᵀ, `[K', T']` and
     `[T'/128, K']`, where `turned`. T' and K' are whole blocks; what is past the edge is 0."""
-    q, scale, t, t_scale = _rows_room(x, turned)
+    q, scale, t, t_scale = _room(triton.cdiv(x.shape[0], 128), triton.cdiv(x.shape[1], 128), turned, x)
     _round_rows[(scale.shape[0], q.shape[0] // 128)](
         x, q, scale, t, t_scale, *x.shape, x.stride(0), q.stride(0), scale.stride(0), t.stride(0), t_scale.stride(0),
         TURNED=turned, num_warps=4,
@@ -158,14 +134,9 @@ def round_rows(x: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return q, scale, t, t_scale
 
 
-def _gated_room(inner: Tensor, turned: bool) -> Rounded:
-    return _room(-(-inner.shape[0] // 128), inner.shape[1] // 256, turned, inner)
-
-
-@_opaque(_gated_room)
-def round_gated(inner: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def round_gated(inner: Tensor, turned: bool) -> Rounded:
     """`round_rows` of silu(a) · b, where `inner [T, 2F]` is [a, b] and F a multiple of 128."""
-    q, scale, t, t_scale = _gated_room(inner, turned)
+    q, scale, t, t_scale = _room(triton.cdiv(inner.shape[0], 128), inner.shape[1] // 256, turned, inner)
     _round_gated[(scale.shape[0], q.shape[0] // 128)](
         inner, q, scale, t, t_scale, inner.shape[0], inner.shape[1] // 2, inner.stride(0), q.stride(0), scale.stride(0),
         t.stride(0), t_scale.stride(0), TURNED=turned, num_warps=4,
@@ -173,14 +144,9 @@ def round_gated(inner: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor, Te
     return q, scale, t, t_scale
 
 
-def _gradient_room(inner: Tensor, dh: Tensor, turned: bool) -> Rounded:
-    return _rows_room(inner, turned)
-
-
-@_opaque(_gradient_room)
-def round_gated_gradient(inner: Tensor, dh: Tensor, turned: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def round_gated_gradient(inner: Tensor, dh: Tensor, turned: bool) -> Rounded:
     """`round_rows` of the gradient of `inner [T, 2F]`, where `dh [T, F]` is that of silu(a) · b."""
-    q, scale, t, t_scale = _gradient_room(inner, dh, turned)
+    q, scale, t, t_scale = _room(triton.cdiv(inner.shape[0], 128), inner.shape[1] // 128, turned, inner)
     _round_gated_gradient[(scale.shape[0], q.shape[0] // 128)](
         inner, dh, q, scale, t, t_scale, *dh.shape, inner.stride(0), dh.stride(0), q.stride(0), scale.stride(0),
         t.stride(0), t_scale.stride(0), TURNED=turned, num_warps=8, maxnreg=128,
@@ -188,19 +154,14 @@ def round_gated_gradient(inner: Tensor, dh: Tensor, turned: bool) -> tuple[Tenso
     return q, scale, t, t_scale
 
 
-def _weights_room(weights: Sequence[Tensor], turned: bool) -> tuple[Tensor, Tensor]:
-    """cuBLAS reads a weight's scales by fours: their rows are padded so."""
-    rows, columns = sum(-(-w.shape[0] // 128) for w in weights), -(-weights[0].shape[1] // 128)
-    down, across = (columns, rows) if turned else (rows, columns)
-    q = weights[0].new_empty(down * 128, across * 128, dtype=torch.float8_e4m3fn)
-    return q, weights[0].new_zeros(down, -(-across // 4) * 4, dtype=torch.float32)
-
-
-@_opaque(_weights_room)
 def round_weights(weights: Sequence[Tensor], turned: bool) -> tuple[Tensor, Tensor]:
     """Weights `[out, in]` of one width, one below the other -> e4m3 `[Σ out', in']` and a scale a block of 128x128,
     `[Σ out'/128, ≥ in'/128]`; or both turned. Rows are contiguous."""
-    q, scale = _weights_room(weights, turned)
+    blocks = sum(triton.cdiv(w.shape[0], 128) for w in weights), triton.cdiv(weights[0].shape[1], 128)
+    down, across = reversed(blocks) if turned else blocks
+    q = weights[0].new_empty(down * 128, across * 128, dtype=torch.float8_e4m3fn)
+    # cuBLAS reads a weight's scales by fours.
+    scale = weights[0].new_zeros(down, triton.cdiv(across, 4) * 4, dtype=torch.float32)
     start = 0
     for w in weights:
         rows, columns = triton.cdiv(w.shape[0], 128), triton.cdiv(w.shape[1], 128)
@@ -213,22 +174,12 @@ def round_weights(weights: Sequence[Tensor], turned: bool) -> tuple[Tensor, Tens
     return q, scale
 
 
-def _product_room(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
-    return q.new_empty(q.shape[0], weight.shape[0], dtype=torch.bfloat16)
-
-
-@_opaque(_product_room)
 def product(q: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
     """`[T', out']` bf16: rows as `round_rows` made them, times a weight as `round_weights` made it."""
     by_row, by_block = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
     return scaled_mm(q, weight.T, scale.T, by_row, weight_scale.T, by_block, output_dtype=torch.bfloat16)
 
 
-def _product_of_rows_room(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
-
-
-@_opaque(_product_of_rows_room)
 def product_of_rows(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`[M, N]` of `dtype`, bf16 or float32: a bᵀ, both as `round_rows` made them."""
     by_row = ScalingType.BlockWise1x128

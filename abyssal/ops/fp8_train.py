@@ -29,8 +29,11 @@ def fp8_train_linear(x: Tensor, weight: Tensor, path: str | None = None) -> Tens
     """
     if x.ndim != 2:
         return fp8_train_linear(x.reshape(-1, x.shape[-1]), weight, path).view(*x.shape[:-1], weight.shape[0])
-    by: Any = _Reference if _path(x, path) == "reference" else _Linear
-    return cast(Tensor, by.apply(x, weight, _learns(weight)))
+    if _path(x, path) == "reference":
+        return cast(Tensor, _Reference.apply(x, weight))
+    from abyssal.kernels.fp8_train_maps import linear
+
+    return linear(x, weight, _learns(weight))
 
 
 def fp8_train_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, path: str | None = None) -> Tensor:
@@ -43,7 +46,9 @@ def fp8_train_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, path: str | Non
         return fp8_train_mlp(x.reshape(-1, x.shape[-1]), w1, w2, w3, path).view(x.shape)
     path = _path(x, path)
     if path == "fp8" and not any(size % BLOCK for size in w1.shape):
-        return cast(Tensor, _MLP.apply(x, w1, w2, w3, _learns(w1, w2, w3)))
+        from abyssal.kernels.fp8_train_maps import gated_mlp
+
+        return gated_mlp(x, w1, w2, w3, _learns(w1, w2, w3))
     a, b = (fp8_train_linear(x, w, path) for w in (w1, w3))
     return fp8_train_linear(silu(a) * b, w2, path)
 
@@ -84,100 +89,13 @@ def _learns(*weights: Tensor) -> bool:
 
 class _Reference(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, learns: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         return round_rows(x) @ round_blocks(weight, x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         dx = round_rows(dy) @ round_blocks(weight, dy.dtype)
         dw = round_rows(dy.T) @ round_rows(x.T).T
-        return dx, dw.to(weight.dtype), None
-
-
-class _Linear(torch.autograd.Function):
-    """Keeps x turned, a byte a number, and the weight: rounding it again is cheaper than what it would keep alive."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, learns: bool) -> Tensor:
-        from abyssal.kernels import fp8_train as kernels
-
-        x = _lying(x)
-        q, scale, turned, turned_scale = kernels.round_rows(x, learns)
-        ctx.save_for_backward(weight, turned, turned_scale)
-        ctx.learns = learns
-        return _cut(kernels.product(q, scale, *kernels.round_weights([_lying(weight)], False)), x, weight)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        from abyssal.kernels import fp8_train as kernels
-
-        weight, turned, turned_scale = ctx.saved_tensors
-        dy, dx, dw = _lying(dy), None, None
-        q, scale, dy_turned, dy_scale = kernels.round_rows(dy, ctx.learns)
-        if _asked(ctx):
-            dx = kernels.product(q, scale, *kernels.round_weights([_lying(weight)], True))
-            dx = dx[: dy.shape[0], : weight.shape[1]]
-        if ctx.learns:
-            dw = kernels.product_of_rows(dy_turned, dy_scale, turned, turned_scale, _gradient(weight))
-            dw = dw[: weight.shape[0], : weight.shape[1]].to(weight.dtype)
-        return dx, dw, None
-
-
-class _MLP(torch.autograd.Function):
-    """Keeps a and b as bf16, x and silu(a) · b turned in FP8, and the weights."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, learns: bool) -> Tensor:
-        from abyssal.kernels import fp8_train as kernels
-
-        x, w1, w2, w3 = (_lying(t) for t in (x, w1, w2, w3))
-        q, scale, x_turned, x_scale = kernels.round_rows(x, learns)
-        inner = kernels.product(q, scale, *kernels.round_weights([w1, w3], False))
-        del q, scale
-        inner = inner[: x.shape[0]]
-        q, scale, h_turned, h_scale = kernels.round_gated(inner, learns)
-        ctx.save_for_backward(w1, w2, w3, inner, x_turned, x_scale, h_turned, h_scale)
-        ctx.learns = learns
-        return _cut(kernels.product(q, scale, *kernels.round_weights([w2], False)), x, w2)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from abyssal.kernels import fp8_train as kernels
-
-        w1, w2, w3, inner, x_turned, x_scale, h_turned, h_scale = ctx.saved_tensors
-        learns, tokens, inner_width = ctx.learns, dy.shape[0], w1.shape[0]
-        dx = dw1 = dw2 = dw3 = None
-        q, scale, turned, turned_scale = kernels.round_rows(_lying(dy), learns)
-        if learns:
-            dw2 = kernels.product_of_rows(turned, turned_scale, h_turned, h_scale, _gradient(w2)).to(w2.dtype)
-        dh = kernels.product(q, scale, *kernels.round_weights([w2], True))[:tokens]
-        del q, scale, turned, turned_scale
-        q, scale, turned, turned_scale = kernels.round_gated_gradient(inner, dh, learns)
-        del dh
-        if _asked(ctx):
-            dx = kernels.product(q, scale, *kernels.round_weights([w1, w3], True))[:tokens]
-        if learns:
-            both = kernels.product_of_rows(turned, turned_scale, x_turned, x_scale, _gradient(w1)).to(w1.dtype)
-            dw1, dw3 = both.split(inner_width)
-        return dx, dw1, dw2, dw3, None
-
-
-def _lying(x: Tensor) -> Tensor:
-    """x, its rows contiguous."""
-    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
-
-
-def _asked(ctx: Any) -> bool:
-    """Whether x's gradient is wanted. A compiler may not know it of what lies between two maps, and says no."""
-    return bool(ctx.needs_input_grad[0]) or torch.compiler.is_compiling()
-
-
-def _cut(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return y[: x.shape[0], : weight.shape[0]].contiguous()
-
-
-def _gradient(weight: Tensor) -> torch.dtype:
-    """What the product for a weight's gradient is rounded to, once."""
-    return torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
+        return dx, dw.to(weight.dtype)
