@@ -34,7 +34,7 @@ def check_mesh(config: "TrainConfig", model: ModelConfig) -> None:
             raise ConfigError(f"{problem}{_hint(shape, shape.ranks, config, model)}")
         raise ConfigError(
             f"mesh {shape}: expected {shape.ranks} processes of one run; start them with: {shape.launcher} train RUN "
-            f"--mesh {shape}"
+            f"--mesh {shape} (or train on one, with --mesh '')"
         )
     if problem := why_not(shape, world, config, model):
         raise ConfigError(f"{problem}{_hint(shape, world, config, model)}")

@@ -1,5 +1,6 @@
 """A training run from its configuration to a saved model: `train`."""
 
+import os
 import signal
 import time
 from contextlib import nullcontext
@@ -87,6 +88,9 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
         console.print(f"resuming after step {trainer.done}", highlight=False)
     elif resume:
         console.print(f"{out} has no state yet: beginning", highlight=False, soft_wrap=True)
+    elif int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        console.print("torchrun may restart this run: with --resume it would then go on from its newest state",
+                      highlight=False, soft_wrap=True)  # fmt: skip
     if accord.first:
         write_file(out / SAVED, (config.model_dump_json(indent=2) + "\n").encode())
     with torch.device("meta"):

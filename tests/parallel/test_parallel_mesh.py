@@ -1,14 +1,20 @@
 """Wrong meshes are refused with the reason and the nearest right one, before anything is built."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
+from hypothesis import settings as trying
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from steps import settings
+from typer.testing import CliRunner
 
+from abyssal.cli import app
 from abyssal.config import ConfigError, ModelConfig
 from abyssal.parallel.check import check_mesh, nearest, shapes, why_not
 from abyssal.parallel.mesh import MeshShape
@@ -102,6 +108,25 @@ def test_without_torchrun_the_command_is_told_and_nothing_written(world: Any, to
     assert not (tmp_path / "run").exists()
 
 
+def test_the_command_takes_a_mesh_and_drops_one(world: Any, tokens: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps(settings(tokens, tmp_path / "run", "tp=2", {}, steps=1).to_dict()))
+    refused = CliRunner().invoke(app, ["train", str(file), "--mesh", "dp=2"])
+    assert "mesh dp=2: expected 2 processes" in str(refused.exception)
+    assert "mesh tp=2: expected 2 processes" in str(CliRunner().invoke(app, ["train", str(file)]).exception)
+    alone = CliRunner().invoke(app, ["train", str(file), "--mesh", ""])
+    assert alone.exit_code == 0, alone.output
+    exported = CliRunner().invoke(app, ["export", str(tmp_path / "run"), str(tmp_path / "model")])
+    assert exported.exit_code == 0 and "step-00000001" in exported.output
+    assert "without its tokenizer" not in exported.output
+    ours, saved = (folder / "model.safetensors" for folder in (tmp_path / "model", tmp_path / "run" / "model"))
+    assert load_file(ours).keys() == load_file(saved).keys()
+    assert all(torch.equal(t, load_file(saved)[name]) for name, t in load_file(ours).items())
+    assert (tmp_path / "model" / "tokenizer.json").read_bytes() == (saved.parent / "tokenizer.json").read_bytes()
+    missing = CliRunner().invoke(app, ["export", str(tmp_path), str(tmp_path / "nothing")])
+    assert isinstance(missing.exception, FileNotFoundError) and "trainer.json" in str(missing.exception)
+
+
 def test_processes_without_a_mesh_do_not_all_train_the_same_run(world: Any) -> None:
     check_mesh(*run(""))
     world(1)
@@ -125,6 +150,7 @@ def test_every_arrangement_of_the_ranks_is_considered_once(world: int) -> None:
     assert len(found) == expected
 
 
+@trying(max_examples=40, deadline=None)
 @given(
     st.builds(MeshShape, *[st.integers(1, 8)] * 5), st.sampled_from([1, 2, 3, 4, 6, 8, 16]), st.integers(1, 16),
     st.sampled_from(["1f1b", "interleaved", "dualpipev"]), st.sampled_from([96, 128, 120]),

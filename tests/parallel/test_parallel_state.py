@@ -3,11 +3,15 @@
 import json
 import pickle
 import shutil
+import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from safetensors import safe_open
 from steps import settings
@@ -15,7 +19,7 @@ from torch import Tensor
 
 import abyssal
 from abyssal.checkpoint import CheckpointError
-from abyssal.checkpoint.distributed import FILES, StateFiles
+from abyssal.checkpoint.distributed import FILES, StateFiles, StateWriter
 from abyssal.data import TokenSet
 from abyssal.train.export import export
 from abyssal.train.state import load_state, newest_state
@@ -157,6 +161,41 @@ def test_a_state_without_a_place_for_its_bytes_is_told(tokens: Path, tmp_path: P
     (state / FILES).write_text('["model.safetensors"]')
     with pytest.raises(CheckpointError, match=r"files.json: expected file names and their sizes"):
         load_state(state, *_parts(open_run(tokens, tmp_path, "")))
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[Any]:
+    """Of one rank, in this process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_training_goes_on_while_a_state_is_written(tmp_path: Path, group: Any) -> None:
+    """What is written is what there was when it began; the one after waits, and an error is told at the next call."""
+    writer, gate, done = StateWriter(group, torch.device("cpu")), threading.Event(), []
+    x = torch.arange(6.0)
+
+    def opened(folder: Path) -> None:
+        assert gate.wait(60)
+        folder.mkdir()
+
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        if number == 2:
+            threading.Timer(0.05, gate.set).start()
+        writer.begin(folder, {"x": x}, partial(opened, folder), partial(done.append, number))
+        assert done == list(range(1, number))
+        x += 10
+    writer.wait()
+    assert done == [1, 2]
+    for number in (1, 2):
+        assert torch.equal(StateFiles(tmp_path / str(number)).rows("x", 0, 6), torch.arange(6.0) + 10 * (number - 1))
+    with pytest.raises(CheckpointError, match="a state was not written: rank 0: FileExistsError"):
+        writer.begin(tmp_path / "1", {"x": x}, (tmp_path / "1").mkdir, lambda: done.append(3))
+        writer.wait()
+    writer.wait()
+    assert done == [1, 2]
 
 
 def _parts(trainer: Trainer) -> tuple[Any, Any]:
