@@ -1,4 +1,4 @@
-"""The gate: logits, and the choice of experts, a warp a token.
+"""The gate: logits, and the choice of experts, a warp a token (or several, in training).
 
 `_logits_kernel` spreads a router's weight over the chip, since one token's product is nothing but its reading: blocks
 of experts times pieces of D, each piece's sum kept apart in float32. `_choose_kernel` adds the pieces in their order
@@ -54,27 +54,29 @@ def _choose_kernel(
     pieces, bias, weights, indices, scores, T, scaling,
     E: tl.constexpr, K: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr,
     GROUPS_UP: tl.constexpr, SIZE_UP: tl.constexpr, K_UP: tl.constexpr, SIGMOID: tl.constexpr, BIAS: tl.constexpr,
-    BEST_TWO: tl.constexpr, NORM: tl.constexpr, ONLY_INDICES: tl.constexpr, PDL: tl.constexpr,
+    BEST_TWO: tl.constexpr, NORM: tl.constexpr, ONLY_INDICES: tl.constexpr, TOKENS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Experts lie in SLOTS by group, groups and their sizes rounded up to powers of two."""
     SLOTS: tl.constexpr = GROUPS_UP * SIZE_UP
     SIZE: tl.constexpr = E // GROUPS
-    token = tl.program_id(0)
-    slot = tl.arange(0, SLOTS)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    there = (token < T)[:, None]
+    slot = tl.arange(0, SLOTS)[None, :]
     expert = slot // SIZE_UP * SIZE + slot % SIZE_UP
     real = (slot % SIZE_UP < SIZE) & (slot // SIZE_UP < GROUPS)
     never = float("-inf")
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    logits = tl.zeros([SLOTS], tl.float32)
+    logits = tl.zeros([TOKENS, SLOTS], tl.float32)
     for p in tl.static_range(PIECES):
-        logits += tl.load(pieces + (p * T + token).to(tl.int64) * E + expert, mask=real, other=0.0)
+        at = pieces + (p * T + token).to(tl.int64)[:, None] * E + expert
+        logits += tl.load(at, mask=there & real, other=0.0)
     if SIGMOID:
         score = 1 / (1 + tl.exp(-logits))
     else:
-        power = tl.where(real, tl.exp(logits - tl.max(tl.where(real, logits, never))), 0.0)
-        score = power / tl.sum(power)
+        power = tl.where(real, tl.exp(logits - tl.max(tl.where(real, logits, never), 1)[:, None]), 0.0)
+        score = power / tl.sum(power, 1)[:, None]
     biased = score
     if BIAS:
         biased += tl.load(bias + expert, mask=real, other=0.0)
@@ -83,35 +85,35 @@ def _choose_kernel(
     biased = tl.where(biased == biased, biased, LAST)
     biased = tl.where(real, biased, never)
     if GROUPS > 1:
-        by_group = tl.reshape(biased, [GROUPS_UP, SIZE_UP])
-        worth, best = tl.max(by_group, 1, return_indices=True)
+        by_group = tl.reshape(biased, [TOKENS, GROUPS_UP, SIZE_UP])
+        worth, best = tl.max(by_group, 2, return_indices=True)
         if BEST_TWO:
-            rest = tl.where(tl.arange(0, SIZE_UP)[None, :] == best[:, None], never, by_group)
-            worth += tl.max(rest, 1)
-        group = tl.arange(0, GROUPS_UP)
-        kept = tl.zeros([GROUPS_UP], tl.int32)
+            rest = tl.where(tl.arange(0, SIZE_UP)[None, None, :] == best[:, :, None], never, by_group)
+            worth += tl.max(rest, 2)
+        group = tl.arange(0, GROUPS_UP)[None, :]
+        kept = tl.zeros([TOKENS, GROUPS_UP], tl.int32)
         for _ in tl.static_range(KEPT):
-            one = group == tl.argmax(worth, 0)
+            one = group == tl.argmax(worth, 1)[:, None]
             kept = tl.where(one, 1, kept)
             worth = tl.where(one, never, worth)
-        by_group = tl.where((kept == 0)[:, None], LAST, by_group)
-        biased = tl.where(real, tl.reshape(by_group, [SLOTS]), never)
-    k = tl.arange(0, K_UP)
-    picked = tl.zeros([K_UP], tl.int32)
-    weight = tl.zeros([K_UP], tl.float32)
+        by_group = tl.where((kept == 0)[:, :, None], LAST, by_group)
+        biased = tl.where(real, tl.reshape(by_group, [TOKENS, SLOTS]), never)
+    k = tl.arange(0, K_UP)[None, :]
+    picked = tl.zeros([TOKENS, K_UP], tl.int32)
+    weight = tl.zeros([TOKENS, K_UP], tl.float32)
     for i in tl.static_range(K):
-        one = slot == tl.argmax(biased, 0)
-        picked = tl.where(k == i, tl.sum(tl.where(one, expert, 0)), picked)
+        one = slot == tl.argmax(biased, 1)[:, None]
+        picked = tl.where(k == i, tl.sum(tl.where(one, expert, 0), 1)[:, None], picked)
         if not ONLY_INDICES:
-            weight = tl.where(k == i, tl.sum(tl.where(one, score, 0.0)), weight)
+            weight = tl.where(k == i, tl.sum(tl.where(one, score, 0.0), 1)[:, None], weight)
         biased = tl.where(one, never, biased)
-    at = token.to(tl.int64) * K + k
-    tl.store(indices + at, picked.to(tl.int64), mask=k < K)
+    at = token.to(tl.int64)[:, None] * K + k
+    tl.store(indices + at, picked.to(tl.int64), mask=there & (k < K))
     if not ONLY_INDICES:
         if NORM:
-            weight = weight / (tl.sum(weight) + 1e-20)
-        tl.store(weights + at, weight * scaling, mask=k < K)
-        tl.store(scores + token.to(tl.int64) * E + expert, score, mask=real)
+            weight = weight / (tl.sum(weight, 1)[:, None] + 1e-20)
+        tl.store(weights + at, weight * scaling, mask=there & (k < K))
+        tl.store(scores + token.to(tl.int64)[:, None] * E + expert, score, mask=there & real)
 
 
 def logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -134,20 +136,21 @@ def logits(x: Tensor, weight: Tensor) -> Tensor:
 
 def choose(
     pieces: Tensor, bias: Tensor | None, scoring: str, n_group: int, topk_group: int, top_k: int,
-    norm_topk_prob: bool, scaling: float, group_worth: str, only_indices: bool = False,
+    norm_topk_prob: bool, scaling: float, group_worth: str, only_indices: bool = False, tokens: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights `[T, K]` float32, indices `[T, K]` int64, scores `[T, E]` float32 from `logits`' pieces `[P, T, E]`;
-    the arguments are those of `ops.gate.gate`. With `only_indices` the other two are left unwritten."""
+    the arguments are those of `ops.gate.gate`. With `only_indices` the other two are left unwritten. A warp takes
+    `tokens` of them, a power of two."""
     P, T, E = pieces.shape
     weights, scores = (torch.empty(T, n, dtype=torch.float32, device=pieces.device) for n in (top_k, E))
     indices = torch.empty(T, top_k, dtype=torch.int64, device=pieces.device)
     if T:
         up = triton.next_power_of_2
         pdl = dependent(pieces)
-        _choose_kernel[(T,)](
+        _choose_kernel[(triton.cdiv(T, tokens),)](
             pieces, pieces if bias is None else bias, weights, indices, scores, T, scaling,
             E, top_k, P, n_group, topk_group, up(n_group), up(E // n_group), up(top_k), scoring == "sigmoid",
-            bias is not None, group_worth == "best two", norm_topk_prob, only_indices, PDL=pdl,
+            bias is not None, group_worth == "best two", norm_topk_prob, only_indices, tokens, PDL=pdl,
             num_warps=1, launch_pdl=pdl,
         )  # fmt: skip
     return weights, indices, scores

@@ -80,7 +80,8 @@ def gate(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """As the operation, for `x [T, D]`, `weight [E, D]` of at most 32 bits, differentiable in both."""
     rest = (scoring, n_group, topk_group, top_k, norm_topk_prob, scaling, group_worth)
-    return choose(pieces_of_logits(x, weight), bias, *rest)
+    tokens = max(1, 256 // triton.next_power_of_2(weight.shape[0]))  # a warp is kept busy by 256 scores
+    return choose(pieces_of_logits(x, weight), bias, *rest, tokens=tokens)
 
 
 @gate.register_fake

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from abyssal.kernels.attention_backward import KEYS, Buffers, attention_backward, plan_kernel
+from abyssal.kernels.attention_backward import KEYS, Buffers, attention_backward, narrow_kernel, plan_kernel
 from abyssal.kernels.attention_join import beside, join, sum_heads
 from abyssal.ops.attention import attention
 from abyssal.ops.paged import cumulative
@@ -71,6 +71,37 @@ def test_the_plan_has_every_tile_once_and_long_ones_first(lens: list[int]) -> No
     work = (used[2] + KEYS - 1) // KEYS
     assert (work.diff() <= 0).all()
     assert (plan[2, len(expected) :] == 0).all()
+
+
+@pytest.mark.parametrize("N, R, halves", [(128, 64, 2), (192, 64, 1)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_sums_in_the_order_of_registers_are_put_right_and_turned_back(
+    N: int, R: int, halves: int, turned: bool
+) -> None:
+    """What `add_queries` adds up: blocks of 64 rows, 128 columns and then the others."""
+    lens, H, width, g = [70, 0, 130], 2, N + R, torch.Generator().manual_seed(0)
+    T, tiles, cu = sum(lens), sum(lens) // KEYS + len(lens), cumulative(lens)
+    plan = torch.empty(4, tiles, dtype=torch.int32)
+    plan_kernel[(len(lens),)](cu, plan, len(lens), tiles, KEYS, 4)
+    exact = torch.randn(T, H, width, generator=g)
+    wide = torch.full((H, tiles, KEYS // 64, 64 * width), float("nan"))
+    for place, first, left, _ in plan.T.tolist():
+        for low in range(0, min(left, KEYS), 64):
+            rows = torch.zeros(64, H, width)
+            rows[: min(64, left - low)] = exact[first + low : first + min(low + 64, left)]
+            for start, columns in ((0, 128), (128, width - 128)):
+                part = rows[:, :, start : start + columns].movedim(1, 0)
+                part = part.reshape(H, 4, 2, 8, halves, columns // halves // 8, 4, 2)  # rows, then columns
+                part = part.permute(0, 5, 4, 1, 3, 6, 2, 7).reshape(H, -1)
+                wide[:, place, low // 64, start * 64 : (start + columns) * 64] = part
+    angles, dq = torch.randn(T, R // 2, generator=g), torch.full((T, H, width), float("nan"))
+    grid = (tiles * (KEYS // 64), H)
+    more = (tiles, H, 0.5, width, 128, halves, KEYS, R if turned else 0)
+    narrow_kernel[grid](wide, dq, angles.cos(), angles.sin(), plan, *more)
+    expected = 0.5 * exact
+    if turned:
+        expected[..., N:] = rotate(expected[..., N:], angles.cos(), -angles.sin(), path="reference")
+    torch.testing.assert_close(dq, expected)
 
 
 @pytest.mark.parametrize("H", [1, 3])
