@@ -1,7 +1,8 @@
 """The optimizer's side of the parameters: float32 masters, AdamW or Muon, the gradient's norm.
 
 Where the model computes in bfloat16, its parameters are rounded copies of float32 masters that are kept here, and
-gradients are summed over the microbatches of a step in float32. Otherwise the parameters are their own masters.
+gradients are summed over the microbatches of a step in float32. Otherwise the parameters are their own masters. On a
+GPU AdamW steps such masters, and makes the copies, in one pass over memory (`ops/adamw.py`); else it is torch's.
 
 AdamW as in DeepSeek-V3, section 4.2. Weight decay falls on everything of two dimensions or more (embedding, head and
 routers with the rest) and not on norms. With Muon, the matrices within the blocks, experts one by one, are
@@ -15,7 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from abyssal.ops.adamw import OnePass, Stepped, fits
 from abyssal.train.config import TrainConfig
+from abyssal.train.gradients import Gradients
 from abyssal.train.muon import StackedMuon
 from abyssal.train.parts import PARTS, part_of
 
@@ -39,10 +42,15 @@ class Optimizer:
         self.params = [k.param for k in kept]
         self.masters = [k.param if k.master is k.param else nn.Parameter(k.master, requires_grad=False) for k in kept]
         # A piece of a parameter shares its memory; a float32 original does not, and is copied back after a step.
-        self._copied = [
-            (k.param, m) for k, m in zip(kept, self.masters, strict=True)
+        self._narrow = [
+            i for i, (k, m) in enumerate(zip(kept, self.masters, strict=True))
             if m is not k.param and m.dtype != k.param.dtype
         ]  # fmt: skip
+        params, masters = [self.params[i] for i in self._narrow], [self.masters[i] for i in self._narrow]
+        self._one_pass = config.optimizer == "adamw" and len(params) == len(kept) and fits(params, masters)
+        several = config.accumulate > 1
+        self._taken = Gradients(params, masters, self._one_pass and not several, several)
+        self._pass: OnePass | None = None  # made for the moments that are there, at the first step that needs it
         self._parts = [part_of(name) for name in self.names]
 
         matrices = _matrices(self.names, self.masters) if config.optimizer == "muon" else set()
@@ -65,32 +73,28 @@ class Optimizer:
         if stacked:
             self.optimizers.append(StackedMuon(stacked, config.lr, config.weight_decay))
 
-    @torch.no_grad()
     def collect(self) -> None:
         """Takes in the gradients of one microbatch; call it after every `backward`."""
-        old, new = [], []
-        for master, param in zip(self.masters, self.params, strict=True):
-            gradient = param.grad
-            if master is param or gradient is None:
-                continue
-            if hasattr(gradient, "to_local"):  # a piece, which the ranks have added up, over the microbatches too
-                master.grad = gradient.to_local()
-                continue
-            if master.grad is None:
-                master.grad = gradient.float()
-            else:
-                old.append(master.grad)
-                new.append(gradient)
-            param.grad = None
-        if old:
-            torch._foreach_add_(old, new)
+        self._taken.collect()
+        if not self._one_pass:
+            for i, gradient in zip(self._narrow, self._taken.found, strict=True):
+                self.masters[i].grad = gradient
+        narrow = set(self._narrow)
+        for i, (master, param) in enumerate(zip(self.masters, self.params, strict=True)):
+            # A piece, which the ranks have added up, over the microbatches too.
+            if i not in narrow and param.grad is not None and hasattr(param.grad, "to_local"):
+                master.grad = param.grad.to_local()
 
     def gradients(self) -> list[tuple[str, Tensor]]:
         """The step's gradients by the parameters' names, in the model's order."""
-        return [(n, p.grad) for n, p in zip(self.names, self.masters, strict=True) if p.grad is not None]
+        found = self._taken.found if self._one_pass else [p.grad for p in self.masters]
+        return [(n, g) for n, g in zip(self.names, found, strict=True) if g is not None]
 
     def squares(self) -> Tensor:
         """The gradient's sum of squares by PARTS, in the masters' dtype."""
+        if self._one_pass:
+            self._taken.alike()
+            return self._prepared().squares(self._taken.found, len(PARTS))
         wide = torch.promote_types(self.masters[0].dtype, torch.float32)
         sums = torch.zeros(len(PARTS), dtype=wide, device=self.masters[0].device)
         for part in sorted(set(self._parts)):
@@ -111,6 +115,13 @@ class Optimizer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
+        if self._one_pass:
+            self._taken.alike()
+            one = torch.ones_like(stopped) if scale is None else scale
+            c = self.config
+            self._prepared().step(self._taken.found, lr, c.betas, c.eps, one, stopped)
+            self.drop_gradients()
+            return
         if muon and not bool(stopped):
             if scale is not None:
                 gradients = [p.grad for o in muon for g in o.param_groups for p in g["params"] if p.grad is not None]
@@ -124,20 +135,39 @@ class Optimizer:
         self._copy_back()
 
     def _copy_back(self) -> None:
-        if self._copied:
-            torch._foreach_copy_([p for p, _ in self._copied], [m for _, m in self._copied])
+        if self._narrow:
+            torch._foreach_copy_([self.params[i] for i in self._narrow], [self.masters[i] for i in self._narrow])
+
+    @torch.no_grad()
+    def _prepared(self) -> OnePass:
+        """The pass over the moments in AdamW's state, where a step begins them."""
+        if self._pass is None:
+            (adamw,) = self.optimizers
+            decays = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+            stepped, steps = [], torch.zeros(len(self.masters), device=self.masters[0].device)
+            for i, (param, master) in enumerate(zip(self.params, self.masters, strict=True)):
+                state = adamw.state[master]
+                if state:
+                    steps[i] = state["step"]
+                else:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
+                state["step"] = steps[i]
+                stepped.append(Stepped(param, master, state["exp_avg"], state["exp_avg_sq"]))
+            self._pass = OnePass(stepped, steps, [decays[m] for m in self.masters], self._parts)
+        return self._pass
 
     def drop_gradients(self) -> None:
         """Forgets the gradients, the masters' and the model's."""
+        self._taken.drop()
         for p in (*self.masters, *self.params):
             p.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by `kind/parameter`; not copies."""
         tensors: dict[str, Tensor] = {}
-        copied = {m for _, m in self._copied}
-        for name, p in zip(self.names, self.masters, strict=True):
-            if p in copied:
+        copied = set(self._narrow)
+        for i, (name, p) in enumerate(zip(self.names, self.masters, strict=True)):
+            if i in copied:
                 tensors[f"{MASTER}/{name}"] = p.detach()
             for optimizer in self.optimizers:
                 for kind, value in optimizer.state.get(p, {}).items():
@@ -156,6 +186,7 @@ class Optimizer:
                 p.copy_(value)
             else:
                 owners[p].state[p][kind] = value.to(p.device, copy=True)
+        self._pass = None
         self._copy_back()
 
 

@@ -1,5 +1,8 @@
 """Masters, decay, Muon, clipping, and the optimizer's state."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -174,3 +177,35 @@ def test_state_round_trip(make_config, dtype, name):
         assert torch.equal(t, restored.state()[key]), key
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_hooks_sum_microbatches_as_collecting_does(make_config):
+    """With several microbatches a step a gradient is taken in when it is made: none is left, and the sums are those of
+    float32; the next step's are in the same memory."""
+    model, optimizer = build(make_config(accumulate=2), torch.bfloat16)
+    weight = dict(model.named_parameters())["head.weight"]
+    kept = set()
+    for step in range(2):
+        exact = torch.zeros(weight.shape)
+        for micro in range(2):
+            by = torch.randn(weight.shape, generator=torch.Generator().manual_seed(2 * step + micro)).bfloat16()
+            (weight * by).sum().backward()
+            assert weight.grad is None
+            optimizer.collect()
+            exact += by.float()
+        (gradient,) = (g for name, g in optimizer.gradients() if name == "head.weight")
+        assert torch.equal(gradient, exact)
+        kept.add(gradient.data_ptr())
+        update(optimizer, 1e-3)
+        assert optimizer.gradients() == []
+    assert len(kept) == 1
+
+
+def test_the_parameters_do_not_keep_a_forgotten_optimizer_alive(make_config):
+    model, optimizer = build(make_config(accumulate=2), torch.bfloat16)
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    (model.head.weight * 2).sum().backward()
+    assert model.head.weight.grad is not None
