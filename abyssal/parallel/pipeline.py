@@ -102,6 +102,7 @@ class Pipeline:
         self.group = mesh.group("pp")
         self.stages: list[Stage] = []
         self._schedule: Any = None
+        self._own_rows: Tensor | None = None
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         routed = [b for b, block in enumerate(blocks) if any(isinstance(m, Gate) for m in block.modules())]
         layers = {l for s in self.own for l in self.layers[s]}
@@ -193,7 +194,9 @@ class Pipeline:
     def of_all_gates(self, values: Tensor) -> Tensor:
         """A number of each of this rank's gates -> of all gates, in the whole model's order."""
         every = torch.zeros(self.gates, dtype=values.dtype, device=values.device)
-        every[self.own_gates] = values
+        if self._own_rows is None:
+            self._own_rows = torch.tensor(self.own_gates, dtype=torch.int64, device=values.device)
+        every.index_copy_(0, self._own_rows, values)
         if self.gates:
             dist.all_reduce(every, group=self.group)
         return every
@@ -204,10 +207,8 @@ class Pipeline:
             size = micro.tokens.shape[0], self.model.config.hidden_size
             device, wide = micro.tokens.device, torch.promote_types(self.dtype, torch.float32)
             state = torch.empty(size, dtype=self.dtype, device="meta", requires_grad=True)
-            start, loss = (
-                torch.empty(1, 1, device="meta"),
-                torch.empty((), dtype=wide, device="meta", requires_grad=True),
-            )
+            start = torch.empty(1, 1, device="meta")
+            loss = torch.empty((), dtype=wide, device="meta", requires_grad=True)
             stages = []
             for s, stage in zip(self.own, self.stages):
                 given, made = start if s == 0 else state, loss if s == self.count - 1 else state
@@ -263,6 +264,10 @@ class _Torch(PipelineStage):
     """A stage as the schedules know it."""
 
     halves = True
+
+    def _get_init_p2p_neighbors_ops(self) -> list[dist.P2POp]:
+        """Of torch before 2.13, which greets the other stages. In a V one is on the same rank: gloo cannot."""
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
 
     def forward_one_chunk(
         self, fwd_chunk_id: int, args: Any, kwargs: Any = None, save_forward_output: bool = True
