@@ -16,6 +16,7 @@ from abyssal.costs import inspect
 from abyssal.parallel import MeshShape
 from abyssal.plan.order import Order
 from abyssal.plan.walk import Walk, walk
+from abyssal.plan.work import Traffic
 from abyssal.train.config import TrainConfig
 
 GIB = 2**30
@@ -41,7 +42,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         plain = dataclasses.asdict(self)
         for one, found in zip(plain["walks"], self.walks):
-            one["traffic"] = [{**t._asdict(), "bytes": n} for t, n in found.traffic.items()]
+            for key, sent in (("traffic", found.traffic), ("once", found.once)):
+                one[key] = [{**t._asdict(), "bytes": n} for t, n in sent.items()]
         plain["order"] = None if self.order is None else self.order._asdict()
         return plain
 
@@ -68,7 +70,7 @@ def plan(config: TrainConfig, stages: list[int] | None = None, say: Callable[[st
     busiest = max(walks, key=lambda w: _work_seconds(w, rates))
     compute = _work_seconds(busiest, rates) * microbatches / (1 - (order.bubble if order else 0.0))
     update = busiest.numbers * 30 / rates["memory"]["rate"]  # masters, moments, gradient: read; all but it: written
-    sent = _sent_seconds(busiest, rates) * microbatches
+    sent = _sent_seconds(busiest.traffic, rates) * microbatches + _sent_seconds(busiest.once, rates)
     seconds = {HIDDEN: max(compute, sent) + update, EXPOSED: compute + sent + update}
     flops = inspect(model, config.sequence).flops
     useful = (flops.training + flops.training_mtp) * tokens
@@ -96,8 +98,8 @@ def _work_seconds(w: Walk, rates: dict[str, Any]) -> float:
     return products + w.passed / rates["memory"]["rate"]
 
 
-def _sent_seconds(w: Walk, rates: dict[str, Any]) -> float:
-    return sum(n / rates[t.link]["rate"] for t, n in w.traffic.items())
+def _sent_seconds(traffic: dict[Traffic, int], rates: dict[str, Any]) -> float:
+    return sum(n / rates[t.link]["rate"] for t, n in traffic.items())
 
 
 def _memory(p: Plan) -> Table:
@@ -115,16 +117,16 @@ def _memory(p: Plan) -> Table:
 
 
 def _traffic(p: Plan) -> Table:
-    table = Table(title="GiB that a rank sends for a microbatch", title_justify="left")
-    for name in ("", "over", "ranks"):
+    table = Table(title="GiB that a rank sends", title_justify="left")
+    for name in ("", "over", "ranks", "each"):
         table.add_column(name)
     for w in p.walks:
         table.add_column(f"stage {w.stage}", justify="right")
-    kinds = sorted({t for w in p.walks for t in w.traffic})
-    for t in kinds:
-        table.add_row(t.what, t.link, str(t.ranks), *(f"{w.traffic.get(t, 0) / GIB:.3f}" for w in p.walks))
-    if not kinds:
-        table.add_row("nothing", "", "", *("" for _ in p.walks))
+    for each, of in (("microbatch", [w.traffic for w in p.walks]), ("step", [w.once for w in p.walks])):
+        for t in sorted({t for traffic in of for t in traffic}):
+            table.add_row(t.what, t.link, str(t.ranks), each, *(f"{sent.get(t, 0) / GIB:.3f}" for sent in of))
+    if not table.row_count:
+        table.add_row("nothing", "", "", "", *("" for _ in p.walks))
     return table
 
 

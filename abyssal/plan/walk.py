@@ -49,6 +49,7 @@ class Walk:
     flops: dict[str, int] = field(default_factory=dict)
     passed: int = 0  # bytes of memory that operations other than products read and write
     traffic: dict[Traffic, int] = field(default_factory=dict)
+    once: dict[Traffic, int] = field(default_factory=dict)  # a step, in a pipeline
 
 
 def walk(config: TrainConfig, model: ModelConfig, stage: int) -> tuple[Walk, Order | None]:
@@ -100,6 +101,7 @@ def _walk(
         order = None
         # The first step makes the optimizer's moments; the second is as all that follow.
         for again in (False, True):
+            memory.reset_mod_stats()
             with memory:  # its peak is of what happens within
                 before = total(memory)
                 with work if again else nullcontext():
@@ -107,8 +109,8 @@ def _walk(
                         spread.run([micro], scales, optimizer.collect, balance)
                     else:
                         spread.passes([micro], _totals(micro), scales, optimizer.collect, balance)
-                found.peak = total(memory, "peak")
-                found.activations = max(0, found.peak - before - _gradients(optimizer))
+                # Gradients come as activations go: the peak has next to none of them.
+                found.activations = total(memory, "peak") - before
                 norms = spread.norms(optimizer.squares())
                 optimizer.update(1e-3, norms[-1], torch.zeros((), device=DEVICE))
                 found.peak = total(memory, "peak")
@@ -137,8 +139,9 @@ def _stages(
         stage.begin([local], totals, scales)
         x = torch.empty(local.tokens.shape[0], width, dtype=torch.bfloat16, device=DEVICE, requires_grad=s > 0)
         start = total(memory)
-        # The first pass may leave gathered parameters behind as well, the second only what it keeps for its backward.
-        with memory:
+        # A step's first pass gathers parameters, and its last adds gradients up; what is between does neither.
+        once = Work(work.context, work.picks)
+        with memory, once:
             first = stage(x)
         between = total(memory)
         memory.reset_mod_stats()
@@ -147,11 +150,18 @@ def _stages(
         kept = total(memory) - between
         found.activations += kept
         gathered += between - start - kept
+        sharded: Any = stage
+        sharded.set_requires_gradient_sync(False)
+        sharded.set_reshard_after_backward(False)
         with memory, work:
             y.backward(None if y.ndim == 0 else torch.empty_like(y))
+        sharded.set_requires_gradient_sync(True)
         transient = max(transient, total(memory, "peak") - between - kept)
-        with memory:
+        with memory, once:
             first.backward(None if y.ndim == 0 else torch.empty_like(y))
+        for sent, size in once.traffic.items():
+            if sent.what in ("all-gather", "reduce-scatter"):
+                found.once[sent] = found.once.get(sent, 0) + size
         for neighbour in (s + 1 if s + 1 < pipeline.count else None, s - 1 if s else None):
             if neighbour is not None and neighbour not in pipeline.own:
                 far = spread.mesh.size(*STAGE) >= NODE

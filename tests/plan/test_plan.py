@@ -1,0 +1,111 @@
+"""A plan's numbers against what is known by other ways: costs, formulas, and what a real step allocates."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from abyssal.cli import app
+from abyssal.config import ConfigError, ModelConfig
+from abyssal.costs import inspect
+from abyssal.plan import plan
+from abyssal.plan.order import _one_stage, play
+from abyssal.plan.setup import settings_of
+from abyssal.plan.work import links
+
+SMALL = ["model.num_hidden_layers=3", "batch_tokens=2048", "sequence=1024", "mtp_weight=0.3"]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return plan(settings_of("reference-961m", SMALL, 1, None))
+
+
+def test_work_is_what_costs_says(alone):
+    """Products, attention and experts of a microbatch add up to the training FLOPs of its tokens."""
+    config = ModelConfig.load("reference-961m").replace(num_hidden_layers=3)
+    expected = inspect(config, 1024).flops.training * 2048
+    (walk,) = alone.walks
+    assert walk.flops.keys() == {"products", "attention", "experts"}
+    # The router's product is float32 and counted as another operation; attention's backward multiplies a fifth more.
+    extra = walk.flops["attention"] * (3.5 - 3) / 3.5
+    assert sum(walk.flops.values()) - extra == pytest.approx(expected, rel=0.01)
+
+
+def test_memory_of_one_gpu_adds_up(alone):
+    (walk,) = alone.walks
+    config = ModelConfig.load("reference-961m").replace(num_hidden_layers=3)
+    assert walk.numbers == inspect(config).parameters.total - 2 * 32  # router biases are buffers
+    assert walk.memory["parameters, float32"] == walk.memory["gradients"] == 4 * walk.numbers
+    assert walk.memory["moments"] == 8 * walk.numbers
+    assert walk.peak >= 14 * walk.numbers + walk.activations
+
+
+@pytest.mark.parametrize("mesh", ["dp=2", "ep=2", "tp=2", "cp=2"])
+def test_ranks_divide_what_they_hold(alone, mesh):
+    config = settings_of("reference-961m", SMALL, 2, mesh)
+    (walk,) = plan(config).walks
+    assert walk.numbers == pytest.approx(alone.walks[0].numbers / 2, rel=0.01)
+    kinds = {t.what for t in walk.traffic}
+    assert {"all-gather", "reduce-scatter"} <= kinds
+    assert ("all-to-all" in kinds) == (mesh == "ep=2")
+    flops = sum(walk.flops.values()) / sum(alone.walks[0].flops.values())
+    assert flops == pytest.approx(1 if mesh in ("dp=2", "ep=2") else 0.5, rel=0.25)
+
+
+def test_sharding_two_ways_sends_the_parameters_there_and_their_gradients_back(alone):
+    (walk,) = plan(settings_of("reference-961m", SMALL, 2, "dp=2")).walks
+    sent = {t.what: n for t, n in walk.traffic.items()}
+    # Half of the bf16 parameters for the forward pass, of the blocks again for the backward; half of float32 gradients.
+    assert sent["reduce-scatter"] == pytest.approx(2 * alone.walks[0].numbers, rel=0.02)
+    assert 1.0 <= sent["all-gather"] / alone.walks[0].numbers <= 2.0
+
+
+def test_a_pipeline_s_stages_together_are_the_model(alone):
+    made = plan(settings_of("reference-961m", [*SMALL, "accumulate=4"], 2, "pp=2"))
+    assert sum(w.numbers for w in made.walks) == alone.walks[0].numbers
+    assert made.order.bubble == pytest.approx(1 / 5)  # (P - 1) / (M + P - 1)
+    assert made.order.waiting == [2, 1]
+
+
+@pytest.mark.parametrize(("ranks", "micros"), [(2, 2), (4, 4), (4, 8), (3, 7)])
+def test_1f1b_and_gpipe_by_the_formula(ranks, micros):
+    for all_first in (False, True):
+        order = play({r: _one_stage(r, ranks, micros, all_first) for r in range(ranks)})
+        assert order.bubble == pytest.approx((ranks - 1) / (micros + ranks - 1))
+        assert order.waiting == [micros if all_first else min(micros, ranks - r) for r in range(ranks)]
+
+
+def test_ranks_that_wait_for_each_other_are_told():
+    with pytest.raises(ValueError, match="wait for each other"):
+        play({0: [(0, "B", 0), (0, "F", 0)], 1: [(1, "F", 0), (1, "B", 0)]})
+
+
+def test_a_group_s_links():
+    assert links([0, 1]) == {"NVLink": 1.0}
+    assert links([0, 8]) == {"InfiniBand": 1.0}
+    assert links(list(range(16))) == pytest.approx({"NVLink": 7 / 15, "InfiniBand": 8 / 15})
+    assert links([3]) == {}
+
+
+def test_recomputing_holds_less_and_works_more(alone):
+    (walk,) = plan(settings_of("reference-961m", [*SMALL, "recompute=block"], 1, None)).walks
+    assert walk.activations < 0.8 * alone.walks[0].activations
+    assert sum(walk.flops.values()) > 1.2 * sum(alone.walks[0].flops.values())
+
+
+def test_wrong_meshes_are_refused_with_the_nearest():
+    with pytest.raises(ConfigError, match=r"n_routed_experts: expected a multiple of ep = 3.*nearest that is right"):
+        settings_of("reference-961m", ["accumulate=12"], 3, "ep=3")
+    with pytest.raises(ConfigError, match="mesh dp=2: 2 ranks, and --gpus is 4"):
+        settings_of("reference-961m", [], 4, "dp=2")
+
+
+def test_the_command(tmp_path):
+    run = CliRunner().invoke(app, ["plan", "tiny", "--json", "--picture", str(tmp_path / "plan.png")])
+    assert run.exit_code == 0, run.output
+    made = json.loads(run.stdout)
+    assert made["gpus"] == 1 and made["walks"][0]["peak"] > 0
+    assert (tmp_path / "plan.png").stat().st_size > 5000
+    assert not torch.distributed.is_initialized()
