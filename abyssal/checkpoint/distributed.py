@@ -30,6 +30,7 @@ from abyssal.files import sync
 FILES = "files.json"
 
 _FILE_BYTES = 1 << 30  # of tensors: a file is put together in memory before it is written
+_MAPPED_BYTES = 256 << 20  # the pages of a mapping count as the process's own for as long as it is mapped
 
 
 class _Reader(HuggingFaceStorageReader):
@@ -55,10 +56,15 @@ class StateFiles:
         self._reader = _Reader(str(folder))
         try:
             metadata = self._reader.read_metadata()
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise CheckpointError(f"{folder}: {error}") from None
         self._tensors = {k: m for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
-        self._places = metadata.storage_data
+        self._pieces: dict[str, list[tuple[list[int], Any]]] = {}  # of a tensor: where each begins, and what has it
+        for index, place in metadata.storage_data.items():
+            offset = list(index.offset or [0] * len(place.shape))
+            self._pieces.setdefault(index.fqn, []).append((offset, place))
+        self._opened: dict[str, Any] = {}
+        self._mapped = 0
         for name, tensor in self._tensors.items():
             if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
                 raise CheckpointError(f"{folder}: {name}: a piece is missing, or there twice")
@@ -98,18 +104,23 @@ class StateFiles:
         shape = self.shape(name)
         low, high = ([first, *[0] * (len(shape) - 1)], [last, *shape[1:]]) if shape else ([], [])
         out = torch.empty([b - a for a, b in zip(low, high)], dtype=self._tensors[name].properties.dtype)
-        for index, place in self._places.items():
-            if index.fqn != name:
-                continue
-            offset = list(index.offset or [0] * len(shape))
+        for offset, place in self._pieces[name]:
             start = [max(a, o) for a, o in zip(low, offset)]
             end = [min(b, o + n) for b, o, n in zip(high, offset, place.shape)]
             if all(a < b for a, b in zip(start, end)):
-                with safe_open(place.relative_path, framework="pt") as file:
-                    inner = tuple(slice(a - o, b - o) for a, b, o in zip(start, end, offset))
-                    outer = tuple(slice(a - l, b - l) for a, b, l in zip(start, end, low))
-                    out[outer] = file.get_slice(name)[inner]
+                inner = tuple(slice(a - o, b - o) for a, b, o in zip(start, end, offset))
+                outer = tuple(slice(a - l, b - l) for a, b, l in zip(start, end, low))
+                out[outer] = self._open(place.relative_path).get_slice(name)[inner]
+        self._mapped += out.nbytes
         return out
+
+    def _open(self, file: str) -> Any:
+        if self._mapped > _MAPPED_BYTES:
+            self._opened.clear()
+            self._mapped = 0
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="pt")
+        return self._opened[file]
 
 
 def list_files(folder: Path) -> None:

@@ -3,6 +3,8 @@
 import secrets
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-PATIENCE = timedelta(days=1)  # the first rank may be making tokens, or writing a model
+from abyssal.config import ConfigError
+
+LONG = timedelta(days=1)  # that the others wait: the first rank may be making tokens, or writing a model
 
 
 class Accord:
@@ -18,7 +22,7 @@ class Accord:
 
     def __init__(self, several: bool) -> None:
         """`several`: the process group is there, and all of its ranks make one."""
-        self._group = dist.new_group(backend="gloo", timeout=PATIENCE) if several else None
+        self._group = dist.new_group(backend="gloo", timeout=LONG) if several else None
         self.first = not several or dist.get_rank() == 0
         self._asked: tuple[Any, Tensor] | None = None
 
@@ -51,6 +55,20 @@ class Accord:
         values: list[Any] = [None] * dist.get_world_size(self._group)
         dist.all_gather_object(values, value, group=self._group)
         return values
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """The first rank runs what is inside, then the others do. Where it fails there, they raise ConfigError."""
+        if not self.first and (failed := self.told(None)):
+            raise ConfigError(failed)
+        try:
+            yield
+        except Exception as error:
+            if self.first:
+                self.told(str(error) or type(error).__name__)
+            raise
+        if self.first:
+            self.told(None)
 
     def wait(self) -> None:
         """Returns when every rank is here."""

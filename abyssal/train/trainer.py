@@ -19,7 +19,7 @@ from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Microbatch
 from abyssal.model.transformer import Transformer
 from abyssal.parallel import Mesh, MeshShape, Spread
-from abyssal.parallel.accord import Accord
+from abyssal.parallel.accord import LONG, Accord
 from abyssal.parallel.mesh import start
 from abyssal.parallel.state import described
 from abyssal.train.alone import Alone
@@ -155,7 +155,7 @@ class Trainer:
             pieces = {p.name: p for p in self.spread.parameters()}
             self.optimizer = Optimizer([Kept(p.name, p.param, p.local) for p in pieces.values()], config)
             self._part = lambda name, local: described(local, pieces[name], mesh)
-            self._writer = StateWriter(dist.new_group(backend="gloo"), self.device)
+            self._writer = StateWriter(dist.new_group(backend="gloo", timeout=LONG), self.device)
         else:
             self.spread = Alone(self.model, config, self.device, self.dtype)
             self.optimizer = Optimizer(self.spread.parameters(), config)

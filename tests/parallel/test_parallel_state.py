@@ -19,7 +19,7 @@ from torch import Tensor
 
 import abyssal
 from abyssal.checkpoint import CheckpointError
-from abyssal.checkpoint.distributed import FILES, StateFiles, StateWriter
+from abyssal.checkpoint.distributed import FILES, StateFiles, StateWriter, list_files
 from abyssal.data import TokenSet
 from abyssal.train.export import export
 from abyssal.train.state import load_state, newest_state
@@ -169,6 +169,22 @@ def group(tmp_path: Path) -> Iterator[Any]:
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield dist.group.WORLD
     dist.destroy_process_group()
+
+
+def test_a_rank_writes_files_of_a_bounded_size(tmp_path: Path, group: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("abyssal.checkpoint.distributed._FILE_BYTES", 100)
+    tensors = {f"t{i}": torch.randn(i, 3) for i in range(1, 12)} | {
+        "step": torch.tensor(7.0),
+        "none": torch.zeros(0, 4),
+    }
+    writer = StateWriter(group, torch.device("cpu"))
+    writer.begin(tmp_path / "state", tensors, (tmp_path / "state").mkdir, lambda: list_files(tmp_path / "state"))
+    writer.wait()
+    assert len(list((tmp_path / "state").glob("*.safetensors"))) > 5
+    found = contents(tmp_path / "state")
+    assert found.keys() == tensors.keys() - {"none"}
+    assert all(torch.equal(t, tensors[name]) for name, t in found.items())
+    assert torch.equal(StateFiles(tmp_path / "state").rows("t11", 2, 5), tensors["t11"][2:5])
 
 
 def test_training_goes_on_while_a_state_is_written(tmp_path: Path, group: Any) -> None:
