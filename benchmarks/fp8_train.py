@@ -2,13 +2,13 @@
 
     python benchmarks/fp8_train.py maps [--tokens 16384]
     python benchmarks/fp8_train.py steps [--shape v3-dense] [--compile] [--profile]
-    python benchmarks/fp8_train.py loss --data TOKENS [--steps 2000] [--out FOLDER]
+    python benchmarks/fp8_train.py loss --data TOKENS [--steps 2000] [--chance] [--out FOLDER]
 
 `maps`: forward and backward of single maps of DeepSeek-V3's widths, medians by CUDA events, and the parts of one.
 `steps`: forward, backward and AdamW with float32 masters, by the trainer's own parts, of 16384 random tokens in
-sequences of 4096; bf16 and FP8 in turns in one process. `loss`: two runs of one seed over the same tokens, one in
-bf16, one in FP8, and a third in bf16 whose first weights differ by a part in a thousand: what chance alone makes of
-such a run. They share the GPU, a process each, and read 8192 tokens a step.
+sequences of 4096; bf16 and FP8 in turns in one process. `loss`: two runs of one seed over the same tokens, 8192 a
+step, one in bf16, one in FP8; with --chance a third, in bf16, whose first weights differ by a part in a thousand: what
+chance alone makes of such a run. They share the GPU, a process each.
 """
 
 import argparse
@@ -173,7 +173,9 @@ def steps(shape: str, compiled: bool, least: int, profiled: bool) -> None:
     settings = ModelConfig.load("stories").replace(**SHAPES[shape], max_position_embeddings=LENGTH)
     with torch.device("cuda"):
         model = Transformer(settings)
-    model.init_weights(torch.Generator("cuda").manual_seed(0))
+    torch.manual_seed(0)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, 0.0, 0.02) if p.ndim > 1 else torch.nn.init.ones_(p)
     alone = Alone(model, config, torch.device("cuda"), torch.bfloat16)
     optimizer = Optimizer(alone.parameters(), config)
     generator = torch.Generator().manual_seed(1)
@@ -200,6 +202,7 @@ def steps(shape: str, compiled: bool, least: int, profiled: bool) -> None:
                 print(f"{name}: {len(names)} modules in FP8")
                 profile(step, 28)
             remove_fp8(model)
+            torch.compiler.reset()  # what was compiled does not look at a module's class again
     medians = {name: statistics.median(column) for name, column in took.items()}
     for name, median in medians.items():
         print(f"{shape} {name}: {median:.1f} ms ({min(took[name]):.1f}-{max(took[name]):.1f}), "
@@ -256,8 +259,8 @@ def train(kind: str, data: str, count: int, out: str) -> None:
     Path(out, f"{kind.replace(' ', '-')}.json").write_text(json.dumps([step.main_loss for step in taken_steps]))
 
 
-def loss(data: str, count: int, out: str) -> None:
-    kinds = "bf16", "fp8", "bf16 again"
+def loss(data: str, count: int, chance: bool, out: str) -> None:
+    kinds = ["bf16", "fp8", "bf16 again"][: 2 + chance]
     command = [sys.executable, __file__, "train", "--data", data, "--steps", str(count), "--out", out]
     running = [subprocess.Popen([*command, "--kind", kind]) for kind in kinds]
     codes = [process.wait() for process in running]
@@ -283,6 +286,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--data")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--chance", action="store_true")
     parser.add_argument("--out")
     parser.add_argument("--kind", default="bf16")
     wanted = parser.parse_args()
@@ -296,7 +300,7 @@ def main() -> None:
     elif wanted.data is None:
         parser.error("--data: a token set, as `abyssal train` or `abyssal.data.prepare` makes it")
     elif wanted.what == "loss":
-        loss(wanted.data, wanted.steps, out)
+        loss(wanted.data, wanted.steps, wanted.chance, out)
     else:
         train(wanted.kind, wanted.data, wanted.steps, out)
 

@@ -2,12 +2,10 @@
 
 A map keeps x turned, a byte a number, and its weight: rounding the weight again is cheaper than what keeping it in FP8
 would hold on to, a sharded weight's whole. A gated MLP keeps its two inner products in bf16, and x and silu(a) · b
-turned. To a compiler each is an operator; otherwise a plain function, for an operator's own cost on the host is that
-of several launches.
+turned. Each map is one operator, forward, and one backward: a compiler, a walk over tensors without values and
+recomputation by operation see it whole.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,14 +19,12 @@ FP8 = torch.float8_e4m3fn
 def linear(x: Tensor, weight: Tensor, learns: bool) -> Tensor:
     """`x [T, in]` bf16, `weight [out, in]` -> `[T, out]`, differentiable; `learns`: whether the weight's gradient is
     wanted."""
-    apply = _linear_operator if torch.compiler.is_compiling() else _Linear.apply
-    return apply(x, weight, learns)[0]
+    return _linear_operator(x, weight, learns)[0]
 
 
 def gated_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, learns: bool) -> Tensor:
     """`x [T, D]` bf16, w1 and w3 `[F, D]`, w2 `[D, F]`, D and F multiples of 128 -> `[T, D]`, differentiable."""
-    apply = _mlp_operator if torch.compiler.is_compiling() else _MLP.apply
-    return apply(x, w1, w2, w3, learns)[0]
+    return _mlp_operator(x, w1, w2, w3, learns)[0]
 
 
 def _linear_forward(x: Tensor, weight: Tensor, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,9 +57,9 @@ def _keep_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _linear_gradients(backward: Callable[..., Any], ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _linear_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     asked = ctx.needs_input_grad[0]
-    dx, dw = backward(dy, *ctx.saved_tensors, asked, ctx.learns)
+    dx, dw = _linear_back(dy, *ctx.saved_tensors, asked, ctx.learns)
     return dx if asked else None, dw if ctx.learns else None, None
 
 
@@ -107,31 +103,13 @@ def _keep_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _mlp_gradients(backward: Callable[..., Any], ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _mlp_gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     asked = ctx.needs_input_grad[0]
-    dx, dw13, dw2 = backward(dy, *ctx.saved_tensors, asked, ctx.learns)
+    dx, dw13, dw2 = _mlp_back(dy, *ctx.saved_tensors, asked, ctx.learns)
     if not ctx.learns:
         return dx if asked else None, None, None, None, None
     dw1, dw3 = dw13.chunk(2)
     return dx if asked else None, dw1, dw2, dw3, None
-
-
-class _Linear(torch.autograd.Function):
-    forward = staticmethod(_linear_forward)
-    setup_context = staticmethod(_keep_linear)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _linear_gradients(_linear_backward, ctx, *gradients)
-
-
-class _MLP(torch.autograd.Function):
-    forward = staticmethod(_mlp_forward)
-    setup_context = staticmethod(_keep_mlp)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        return _mlp_gradients(_mlp_backward, ctx, *gradients)
 
 
 def _lying(x: Tensor) -> Tensor:
@@ -149,14 +127,12 @@ def _gradient(weight: Tensor) -> torch.dtype:
     return torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
 
 
-# To a compiler: the same as operators, and what comes of them.
-
 _linear_operator = torch.library.custom_op("abyssal::fp8_train_linear", _linear_forward, mutates_args=())
 _linear_back = torch.library.custom_op("abyssal::fp8_train_linear_backward", _linear_backward, mutates_args=())
-_linear_operator.register_autograd(partial(_linear_gradients, _linear_back), setup_context=_keep_linear)
-_mlp_operator = torch.library.custom_op("abyssal::fp8_train_mlp", _mlp_forward, mutates_args=())
-_mlp_back = torch.library.custom_op("abyssal::fp8_train_mlp_backward", _mlp_backward, mutates_args=())
-_mlp_operator.register_autograd(partial(_mlp_gradients, _mlp_back), setup_context=_keep_mlp)
+_linear_operator.register_autograd(_linear_gradients, setup_context=_keep_linear)
+_mlp_operator = torch.library.custom_op("abyssal::fp8_train_linear_mlp", _mlp_forward, mutates_args=())
+_mlp_back = torch.library.custom_op("abyssal::fp8_train_linear_mlp_backward", _mlp_backward, mutates_args=())
+_mlp_operator.register_autograd(_mlp_gradients, setup_context=_keep_mlp)
 
 
 def _turned_room(x: Tensor, width: int, learns: bool) -> tuple[Tensor, Tensor]:

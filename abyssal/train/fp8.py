@@ -34,7 +34,7 @@ class Fp8MLP(MLP):
 def apply_fp8(model: Transformer, least: int = LEAST) -> list[str]:
     """Lets the maps within the blocks compute in FP8 where both their sizes are multiples of 128 and in · out / (in +
     out) is at least `least`; returns the names of the modules that do. Before `fully_shard`, which makes classes of
-    its own.
+    its own, and before a compiled block's first step: what is compiled does not look at a module's class again.
 
     Raises ValueError where a weight is FP8 already (it cannot be trained), or where no map is eligible.
     """

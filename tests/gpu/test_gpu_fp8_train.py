@@ -12,6 +12,7 @@ from abyssal.model.packing import Packing
 from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp, serves
 from abyssal.train.fp8 import apply_fp8
+from tests.model.tiny import randomised
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,7 +177,7 @@ def small_model() -> Transformer:
         moe_intermediate_size=128, n_routed_experts=8, n_shared_experts=1, num_experts_per_tok=2,
         first_k_dense_replace=1, num_nextn_predict_layers=1,
     )  # fmt: skip
-    return Transformer(config).init_weights(torch.Generator().manual_seed(0)).to("cuda", torch.bfloat16)
+    return randomised(Transformer(config)).to("cuda", torch.bfloat16)
 
 
 def gradients(model: Transformer) -> dict[str, torch.Tensor]:

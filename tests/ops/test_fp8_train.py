@@ -17,7 +17,7 @@ from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8 import dequantize, quantize
 from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp, round_blocks, round_rows
 from abyssal.train.fp8 import Fp8Linear, Fp8MLP, apply_fp8, remove_fp8
-from tests.model.tiny import random_tokens, tiny_config
+from tests.model.tiny import random_tokens, randomised, tiny_config
 
 few = settings(max_examples=25, deadline=None)
 sizes = st.integers(1, 300)
@@ -148,7 +148,7 @@ BIG = {
 
 
 def model_of(**changes) -> Transformer:
-    return Transformer(tiny_config(**BIG | changes)).init_weights(torch.Generator().manual_seed(0))
+    return randomised(Transformer(tiny_config(**BIG | changes)))
 
 
 def gradients(model: Transformer) -> dict[str, torch.Tensor]:
