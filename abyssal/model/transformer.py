@@ -1,6 +1,8 @@
 """DeepSeek-V3: embedding, blocks, head; the whole forward pass on one screen."""
 
+import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -12,7 +14,7 @@ from abyssal.model.attention import GroupedAttention
 from abyssal.model.cache import Cache, Leaves
 from abyssal.model.experts import Gate, MoE, Routing
 from abyssal.model.latent import LatentAttention
-from abyssal.model.layers import MLP, Linear, Pinned, RMSNorm
+from abyssal.model.layers import MLP, Linear, RMSNorm
 from abyssal.model.packing import Packing
 from abyssal.model.positions import Rotary, added_positions, rotary
 from abyssal.model.prediction import Prediction, PredictionModule, predict_further
@@ -177,15 +179,30 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator | None = None) -> "Transformer":
-        """Every matrix from N(0, initializer_range), norms at 1, router biases at 0 (DeepSeek-V3, section 4.2)."""
+        """Every matrix from N(0, initializer_range), norms at 1, router biases at 0 (DeepSeek-V3, section 4.2).
+
+        One number is drawn from `generator`; it and a parameter's name make the parameter's own generator. So each can
+        be drawn by itself, as a thread a core does here, and its numbers depend on no other's.
+        """
+        device = "cpu" if generator is None else generator.device
+        seed = int(torch.randint(2**62, (), generator=generator, device=device))
+
+        def draw(named: tuple[str, nn.Parameter]) -> None:
+            name, p = named
+            own = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8])
+            with torch.no_grad():  # which each thread has of its own
+                p.normal_(0.0, self.config.initializer_range, generator=torch.Generator(p.device).manual_seed(own))
+
+        # The largest first, so that the last to end are small.
+        drawn = sorted(self.named_parameters(), key=lambda named: -named[1].numel())
+        threads = torch.get_num_threads() if all(p.device.type == "cpu" for _, p in drawn) else 1
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(draw, drawn))
         for module in self.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1.0)
-            elif isinstance(module, Pinned | nn.Embedding):
-                for p in module.parameters(recurse=False):
-                    p.normal_(0.0, self.config.initializer_range, generator=generator)
-                if isinstance(module, Gate) and module.bias is not None:
-                    module.bias.zero_()
+            elif isinstance(module, Gate) and module.bias is not None:
+                module.bias.zero_()
         return self
 
     def save(self, path: str | Path) -> None:

@@ -25,7 +25,8 @@ class Alone:
     def __init__(self, model: Transformer, config: TrainConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
         place(model, device)
-        wide = [p.detach().float().clone() for p in model.parameters()] if dtype == torch.bfloat16 else None
+        # What the parameters were before they are made narrow is not copied, but kept.
+        wide = [p.detach().float() for p in model.parameters()] if dtype == torch.bfloat16 else None
         self.model = place(model, device, dtype)
         self._masters = wide
         wrap_blocks(model, config)

@@ -104,6 +104,23 @@ def test_lengths_may_be_a_list_a_tensor_or_a_packing() -> None:
     assert torch.equal(model(tokens, Packing.of([2, 3], tokens)), expected)
 
 
+def test_a_parameter_is_drawn_from_the_seed_and_its_name_alone() -> None:
+    """Neither how many threads draw nor what else the model has changes a number; no two parameters are alike."""
+    config, threads = abyssal.ModelConfig.load("tiny"), torch.get_num_threads()
+    small = Transformer(config).init_weights(torch.Generator().manual_seed(3))
+    try:
+        torch.set_num_threads(3)
+        deeper = config.replace(num_hidden_layers=config.num_hidden_layers + 1)
+        large = dict(Transformer(deeper).init_weights(torch.Generator().manual_seed(3)).named_parameters())
+    finally:
+        torch.set_num_threads(threads)
+    matrices = {name: p for name, p in small.named_parameters() if p.ndim > 1}
+    assert all(torch.equal(p, large[name]) for name, p in matrices.items())
+    assert len({tuple(p.flatten()[:8].tolist()) for p in large.values() if p.ndim > 1}) == sum(
+        p.ndim > 1 for p in large.values()
+    )
+
+
 def test_fresh_weights_are_the_reports() -> None:
     """N(0, initializer_range) everywhere, norms at 1, biases at 0, and the same from the same seed."""
     config = abyssal.ModelConfig.load("tiny")
