@@ -25,7 +25,7 @@ from abyssal.model.balance import (
 from abyssal.model.experts import Routing
 from abyssal.model.packing import Packing, shift
 from abyssal.model.transformer import Transformer
-from abyssal.ops.cross_entropy import linear_cross_entropy
+from abyssal.ops.cross_entropy import CHUNK_LOGITS, linear_cross_entropy
 
 
 class Packed(Protocol):
@@ -52,6 +52,7 @@ class Microbatch:
     sequences: list[int]  # a depth: sequences of more than d tokens, which are those it routes
     spans: Sequences | None = None  # which sequence each token is of, where the packing does not say it
     cut_from: int | None = None  # tokens of the batch that this is a piece of; totals and sequences are that batch's
+    real: Tensor | None = None  # [T] bool: tokens that are no padding, which trained batches do not have; None: all are
 
     @staticmethod
     def of(batch: Packed, modules: int) -> "Microbatch":
@@ -93,6 +94,7 @@ class Microbatch:
             weights=[move(w) for w in self.weights],
             live=[move(l) for l in self.live],
             spans=None if spans is None else Sequences(move(spans.of_token), spans.sequences),
+            real=None if self.real is None else move(self.real),
         )
 
 
@@ -148,22 +150,44 @@ class Predicted(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """How well the main model predicts a batch, and what its gates decided. Sums add up over batches."""
+    """How well a batch is predicted, and what the main model's gates decided. Sums add up over batches."""
 
     nats: Tensor  # Σ weights · −log p, a scalar, float64
     counts: Tensor  # [gates, E] int64: how often each picked each expert
+    hits: Tensor  # [modules, 4] int64, see `hits_of`; of the modules that the batch is for
 
     @staticmethod
     def of(model: Transformer, micro: Microbatch) -> "Measured":
         states, routings = model.hidden(micro.tokens, micro.packing)
         nats = linear_cross_entropy(states, model.head.weight, micro.targets[0], micro.weights[0])
-        return Measured(nats.double(), counts_of(model, routings, micro))
+        return Measured(nats.double(), counts_of(model, routings, micro), hits_of(model, states, micro))
+
+
+def hits_of(model: Transformer, states: Tensor, micro: Microbatch) -> Tensor:
+    """`[modules, 4]` int64: over the positions that have a target for MTP module d, how many there are, at how many its
+    likeliest token is the target, and the same of those where that holds for the main model and the modules before d,
+    whose tokens a speculating engine would have kept. `states [T, D]` of the main model after its final norm."""
+    found = []
+    if len(micro.targets) > 1:
+        kept = greedy(model, states) == micro.targets[0]
+        ahead = list(zip(micro.targets, micro.live))
+        for d, module in enumerate(model.predict_states(states, micro.tokens, micro.packing, ahead), start=1):
+            inside, right = micro.weights[d] > 0, greedy(model, module.states) == micro.targets[d]
+            before, kept = kept, kept & right
+            found.append(torch.stack([m.sum() for m in (inside, inside & right, inside & before, inside & kept)]))
+    return torch.stack(found) if found else torch.zeros(0, 4, dtype=torch.int64, device=micro.tokens.device)
+
+
+def greedy(model: Transformer, states: Tensor) -> Tensor:
+    """`[T, D]` -> `[T]` int64: the likeliest token of each row. Never holds all logits."""
+    step = max(CHUNK_LOGITS // model.config.vocab_size, 1)
+    return torch.cat([model.logits(part).argmax(-1) for part in states.split(step)])
 
 
 def counts_of(model: Transformer, routings: Sequence[Routing], micro: Microbatch) -> Tensor:
     """`[gates, E]` int64: how often each gate picked each expert."""
     if routings:
-        return torch.stack([expert_counts(routing) for routing in routings])
+        return torch.stack([expert_counts(routing, micro.real) for routing in routings])
     return torch.zeros(0, model.config.n_routed_experts or 1, dtype=torch.int64, device=micro.tokens.device)
 
 
@@ -188,7 +212,7 @@ class Objective(nn.Module):
         )  # fmt: skip
 
     def measure(self, micro: Microbatch) -> Measured:
-        """The main model's predictions alone, without gradients."""
+        """How well the main model and, where the batch is for them, the MTP modules predict; without gradients."""
         with torch.no_grad():
             return Measured.of(self.model, micro)
 

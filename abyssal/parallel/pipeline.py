@@ -171,15 +171,17 @@ class Pipeline:
         config, device = self.model.config, micro.tokens.device
         nats = torch.zeros((), dtype=torch.float64, device=device)
         counts = torch.zeros(self.main_gates, config.n_routed_experts or 1, dtype=torch.int64, device=device)
+        hits = torch.zeros(len(micro.targets) - 1, 4, dtype=torch.int64, device=device)
         found = []
         x = torch.empty(micro.tokens.shape[0], config.hidden_size, dtype=self.dtype, device=device)
         for s, stage in zip(self.own, self.stages):
             if s > 0 and s - 1 not in self.own:
                 dist.recv(x, group=self.group, group_src=self._rank_of(s - 1))
-            y, seen = stage.measure(x, micro)
+            y, seen, guessed = stage.measure(x, micro)
             found.append(seen)
-            if s == self.count - 1:
+            if guessed is not None:
                 nats += y
+                hits += guessed
             elif s + 1 in self.own:
                 x = y
             else:
@@ -188,8 +190,9 @@ class Pipeline:
         for stage in self.stages:
             drop_gathered(stage)
         dist.all_reduce(nats, group=self.group)
-        dist.all_reduce(counts, group=self.group)
-        return Measured(nats, counts)
+        for sums in (counts, hits):
+            dist.all_reduce(sums, group=self.group)
+        return Measured(nats, counts, hits)
 
     def of_all_gates(self, values: Tensor) -> Tensor:
         """A number of each of this rank's gates -> of all gates, in the whole model's order."""

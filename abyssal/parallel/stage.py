@@ -20,6 +20,7 @@ from abyssal.model.objective import (
     Totals,
     balance_losses,
     counts_of,
+    hits_of,
     live_of,
     prediction_losses,
 )
@@ -106,15 +107,17 @@ class Stage(nn.Module):
             return total
         return cast(Tensor, _Beside.apply(x, balance)) if balance.requires_grad else x
 
-    def measure(self, x: Tensor, micro: Microbatch) -> tuple[Tensor, Tensor]:
-        """Without gradients: `x [T, D]` -> `[T, D]`, or the last stage's sum of nats; and how often each of the main
-        model's gates here picked each expert, `[gates, E]` int64."""
+    def measure(self, x: Tensor, micro: Microbatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Without gradients: `x [T, D]` -> `[T, D]`, or the last stage's sum of nats; how often each of the main
+        model's gates here picked each expert, `[gates, E]` int64; and the last stage's `hits_of`."""
         with torch.no_grad():
             x, routings = self._through(x, micro)
-            if self.last:
-                head = self.model.head.weight
-                x = linear_cross_entropy(self.model.norm(x), head, micro.targets[0], micro.weights[0])
-            return x, counts_of(self.model, routings, micro)
+            counts = counts_of(self.model, routings, micro)
+            if not self.last:
+                return x, counts, None
+            states, head = self.model.norm(x), self.model.head.weight
+            nats = linear_cross_entropy(states, head, micro.targets[0], micro.weights[0])
+            return nats, counts, hits_of(self.model, states, micro)
 
     def _through(self, x: Tensor, micro: Microbatch) -> tuple[Tensor, list[Routing]]:
         """Through the blocks."""

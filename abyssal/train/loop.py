@@ -76,11 +76,8 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
     if newest is not None:
         before = read_trainer(newest)["config"]
         made = all(before[key] == config.to_dict()[key] for key in ("data", "tokenizer", "data_max_bytes"))
-    if not accord.first:
-        accord.wait()  # for the first rank, which may have to make the tokens
-    token_set = open_corpus(config, model, console, made or not accord.first)
-    if accord.first:
-        accord.wait()
+    with accord.in_turn():  # the first may have to make the tokens
+        token_set = open_corpus(config, model, console, made or not accord.first)
     trainer = Trainer(config, model, token_set, accord)
     if newest is not None:
         for difference in trainer.restore(newest):
@@ -130,7 +127,9 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
     if accord.first:
         states.mkdir(exist_ok=True)
         prune_states(states, config.keep_states)
-    validator = Validator(trainer.token_set, config.validation_tokens, config.batch_tokens, config.sequence)
+    validator = Validator(
+        trainer.token_set, config.validation_tokens, config.batch_tokens, config.sequence, len(trainer.model.mtp)
+    )
     teller = Teller(trainer, config.out / METRICS, console) if accord.first else None
     saved = trainer.done  # the step of the latest state, which may be on its way
 

@@ -10,7 +10,8 @@ from abyssal.train.metrics import Record
 
 
 class Display:
-    """Shows records of metrics. Loss is in nats a token, load the experts' MaxVio (mean and largest of a layer)."""
+    """Shows records of metrics. Loss is in nats a token, load the experts' MaxVio (mean and largest of a layer),
+    mtp how much of what an MTP module drafts would be kept."""
 
     def __init__(self, console: Console, steps: int, done: int) -> None:
         self.console = console
@@ -46,6 +47,8 @@ class Display:
         validation = record["validation"]
         if validation is not None:
             self._validation = f"  valid {validation['bits_per_byte']:.3f} bits/B"
+            if validation["mtp_accepted"]:
+                self._validation += "  mtp " + "/".join(f"{share:.0%}" for share in validation["mtp_accepted"])
         load = record["max_violation"]
         balance = f"  load +{sum(load) / len(load):.2f}/+{max(load):.2f}" if load else ""
         mfu, memory, dropped = record["mfu"], record["memory_gib"], record["tokens_dropped"]

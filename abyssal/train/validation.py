@@ -21,17 +21,21 @@ class Validation:
     tokens: int
     bytes: int
     expert_load: list[list[float]]  # a layer with experts: each expert's load, in mean loads
+    mtp_accuracy: list[float]  # an MTP module: the share of positions whose token 1 + d places on it would guess
+    mtp_accepted: list[float]  # the same of those where the main model and the modules before guessed right
 
     def to_dict(self) -> dict[str, Any]:
         load = [[round(x, 3) for x in layer] for layer in self.expert_load]
         return {"loss": self.loss, "bits_per_byte": self.bits_per_byte, "tokens": self.tokens, "bytes": self.bytes,
-                "expert_load": load}  # fmt: skip
+                "expert_load": load, "mtp_accuracy": self.mtp_accuracy, "mtp_accepted": self.mtp_accepted}  # fmt: skip
 
 
 class Validator:
     """The same held-out tokens every time: the first `most` of the split, whose bytes are known."""
 
-    def __init__(self, token_set: TokenSet, most: int, batch_tokens: int, sequence: int) -> None:
+    def __init__(self, token_set: TokenSet, most: int, batch_tokens: int, sequence: int, modules: int = 0) -> None:
+        """`modules`: the model's MTP modules, whose accuracy is measured too."""
+        self.modules = modules
         self.batches = _first(token_set.split("validation"), most, batch_tokens, sequence)
         self._bytes_of = _bytes_of(Tokenizer.load(token_set.tokenizer), token_set)
 
@@ -41,7 +45,7 @@ class Validator:
         found: list[Measured] = []
         tokens = size = 0
         for batch in self.batches:
-            micro = Microbatch.of(batch, 0)
+            micro = Microbatch.of(batch, self.modules)
             inside = micro.weights[0] > 0
             tokens += int(inside.sum())
             size += int(self._bytes_of[micro.targets[0][inside]].sum())
@@ -49,7 +53,11 @@ class Validator:
         total = float(sum(m.nats for m in found))
         counts = torch.stack([m.counts for m in found]).sum(0) if found else torch.zeros(0, 1)
         load = [(c / c.double().mean()).tolist() for c in counts]
-        return Validation(total / max(tokens, 1), total / math.log(2) / max(size, 1), tokens, size, load)
+        hits = torch.stack([m.hits for m in found]).sum(0).tolist() if found else []
+        accuracy = [right / max(count, 1) for count, right, _, _ in hits]
+        accepted = [kept / max(before, 1) for _, _, before, kept in hits]
+        bits = total / math.log(2) / max(size, 1)
+        return Validation(total / max(tokens, 1), bits, tokens, size, load, accuracy, accepted)
 
 
 def _first(split: Split, most: int, batch_tokens: int, sequence: int) -> list[Batch]:

@@ -47,6 +47,7 @@ class Found(NamedTuple):
     steps: Steps
     loss: float  # of validation, after the steps
     load: list[list[float]]
+    mtp: list[float]  # how often each MTP module guesses right
     first: str  # what is not finite first where the last layer is not
 
 
@@ -56,9 +57,10 @@ def run(tokens: Path, out: Path, mesh: str, cases: list[Case], steps: int) -> li
         made: list[Trainer] = []
         config = settings(tokens, out, mesh, model, **({"dtype": "float64"} | changes))
         taken = take(config, steps, made)
-        measured = Validator(TokenSet.open(tokens), 500, 128, 64).measure(made[0].spread.measure)
+        modules = len(made[0].model.mtp)
+        measured = Validator(TokenSet.open(tokens), 500, 128, 64, modules).measure(made[0].spread.measure)
         first = poisoned(made[0]) if not found else ""
-        found.append(Found(taken, measured.loss, measured.expert_load, first))
+        found.append(Found(taken, measured.loss, measured.expert_load, measured.mtp_accuracy, first))
     return found
 
 
@@ -89,7 +91,7 @@ def check_cases(tokens: Path, out: Path, mesh: str, cases: dict[str, Case], rank
             for key, bias in ours.steps.biases.items():
                 assert torch.equal(bias, one.steps.biases[key]), f"{name}: {key}"
             assert ours.loss == pytest.approx(one.loss, rel=1e-9), name
-            assert ours.load == one.load, name
+            assert ours.load == one.load and ours.mtp == one.mtp, name
             assert ours.first == one.first, name
     names = [set(ours.steps.gradients) for ours in per_rank]
     assert all(names)

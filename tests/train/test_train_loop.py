@@ -32,6 +32,7 @@ def test_a_run_from_text_to_a_model(make_config, quiet, text, tmp_path):
     first, last = (r["validation"] for r in records if r["validation"])
     assert last["bits_per_byte"] < first["bits_per_byte"]
     assert [len(layer) for layer in last["expert_load"]] == [8]
+    assert last["mtp_accuracy"][0] > first["mtp_accuracy"][0] > 0 and 0 < last["mtp_accepted"][0] < 1
     assert result.steps == 40 and result.interrupted is None and result.last == records[-1]
     assert {p.name for p in result.out.iterdir()} == {
         "train.json", "tokens", "metrics.jsonl", "state", "model", "curves.png"}  # fmt: skip
@@ -41,7 +42,7 @@ def test_a_run_from_text_to_a_model(make_config, quiet, text, tmp_path):
         Tokenizer.load(result.model).decode(Tokenizer.load(result.model).encode("the cat größer")) == "the cat größer"
     )
     told = quiet.file.getvalue()
-    for line in ("batch_tokens          256", "step 40/40  loss", "bits/B", "left 0:00", str(result.model)):
+    for line in ("batch_tokens          256", "step 40/40  loss", "bits/B  mtp ", "left 0:00", str(result.model)):
         assert line in told
     assert TrainConfig.read(result.out) == config
 
