@@ -40,7 +40,7 @@ def fp8_train_mlp(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, path: str | Non
     """`x [..., D]`, w1 and w3 `[F, D]`, w2 `[D, F]` -> w2(silu(w1 x) · w3 x) `[..., D]`, the three maps in FP8.
 
     Paths as in `fp8_train_linear`. In "fp8", with D and F multiples of 128, w1 and w3 are one product and share x as it
-    was rounded; what lies between the products, and its gradient, is in memory only as it was rounded.
+    was rounded; silu(a) · b, and the gradients of a and b, are in memory only as they were rounded.
     """
     if x.ndim != 2:
         return fp8_train_mlp(x.reshape(-1, x.shape[-1]), w1, w2, w3, path).view(x.shape)
@@ -57,7 +57,8 @@ def serves(x: Tensor) -> bool:
     """Whether "fp8" is there for x: what torch's scaled product asks for block scales."""
     if capability(x)[0] != 9 or x.dtype != torch.bfloat16 or not x.numel():
         return False
-    return tuple(int(part) for part in (torch.version.cuda or "0.0").split(".")[:2]) >= (12, 9)
+    version = torch.version.cuda or "12.9"  # None: a device that is only assumed
+    return tuple(int(part) for part in version.split(".")[:2]) >= (12, 9)
 
 
 def round_rows(x: Tensor) -> Tensor:

@@ -5,10 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import pad, silu
 
 from abyssal.kernels import fp8_train as kernels
-from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp
+from abyssal.ops.device import assumed
+from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp, serves
 
 few = settings(max_examples=6, deadline=None)
 
@@ -152,6 +154,17 @@ def test_compiled_whole_it_is_the_same(wide_products) -> None:
     four = leaves((150, 128), (256, 128), (128, 256), (256, 128))
     own = gradients(torch.compile(run, fullgraph=True, backend="aot_eager"), four)
     assert all(torch.equal(a, b) for a, b in zip(own, gradients(run, four)))
+
+
+def test_a_step_is_walked_through_on_nothing() -> None:
+    """With fake tensors that count as lying on Hopper: the maps are chosen, and nothing runs."""
+    with FakeTensorMode(), assumed((9, 0)):
+        x, w1, w2, w3 = (torch.empty(s, dtype=torch.bfloat16) for s in ((150, 128), (256, 128), (128, 256), (256, 128)))
+        leaves = [t.requires_grad_() for t in (x, w1, w2, w3)]
+        assert serves(x)
+        y = fp8_train_linear(fp8_train_mlp(*leaves), w1)
+        y.sum().backward()
+        assert y.shape == (150, 256) and all(t.grad.shape == t.shape for t in leaves)
 
 
 @pytest.mark.parametrize("learns", [True, False])
