@@ -127,7 +127,9 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
     if accord.first:
         states.mkdir(exist_ok=True)
         prune_states(states, config.keep_states)
-    validator = Validator(trainer.token_set, config.validation_tokens, config.batch_tokens, config.sequence)
+    validator = Validator(
+        trainer.token_set, config.validation_tokens, config.batch_tokens, config.sequence, len(trainer.model.mtp)
+    )
     teller = Teller(trainer, config.out / METRICS, console) if accord.first else None
     saved = trainer.done  # the step of the latest state, which may be on its way
 
