@@ -124,7 +124,8 @@ class _Fused(torch.autograd.Function):
 
 
 def _scaled(d: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.mul(d, by.to(d.dtype), out=torch.empty(d.shape, dtype=dtype, device=d.device))
+    """A matrix by a scalar, which as a matrix of one makes the product wide, and is not rounded itself."""
+    return torch.mul(d, by[None, None], out=torch.empty(d.shape, dtype=dtype, device=d.device))
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor, several: bool) -> Tensor:
