@@ -61,7 +61,8 @@ def beside(x: Tensor, *maps: Linear) -> tuple[Tensor, ...]:
     training on a GPU their products back add to one gradient."""
     if _trained(x, *maps):
         return linears(x, *(m.weight for m in maps))
-    joined = None if any(m.scale is not None for m in maps) else adjoining([m.weight for m in maps])
+    plain = all(type(m) is Linear and m.scale is None for m in maps)
+    joined = adjoining([m.weight for m in maps]) if plain else None
     if joined is None or joined.dtype != x.dtype:
         return tuple(m(x) for m in maps)
     return linear(x, joined, settled=True).split([m.weight.shape[0] for m in maps], -1)

@@ -49,6 +49,29 @@ def piece(micro: Microbatch, cp: int, cp_place: int, tp: int, tp_place: int) -> 
         live=[l[own] for l in micro.live],
         spans=Sequences(document[own], packing.sequences),
         cut_from=total,
+        real=None if micro.real is None else micro.real[own],
+    )
+
+
+def padded(micro: Microbatch, multiple: int) -> Microbatch:
+    """A batch to be measured, with a document behind it that has no weight, for tokens to be a multiple of so many."""
+    total = micro.tokens.shape[0]
+    missing = -total % multiple
+    if not missing:
+        return micro
+
+    def longer(t: Tensor) -> Tensor:
+        return torch.cat((t, t.new_zeros(missing)))
+
+    tokens = longer(micro.tokens)
+    return dataclasses.replace(
+        micro,
+        tokens=tokens,
+        packing=Packing.of([*micro.packing.cu_seqlens.diff().tolist(), missing], tokens),
+        targets=[longer(t) for t in micro.targets],
+        weights=[longer(w) for w in micro.weights],
+        live=[longer(l) for l in micro.live],
+        real=torch.arange(total + missing) < total,
     )
 
 

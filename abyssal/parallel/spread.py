@@ -12,7 +12,7 @@ from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals
 from abyssal.model.transformer import Transformer
 from abyssal.parallel.context import spread_context
-from abyssal.parallel.cut import cut
+from abyssal.parallel.cut import cut, padded
 from abyssal.parallel.experts import spread_experts
 from abyssal.parallel.mesh import DATA, STAGE, Mesh
 from abyssal.parallel.pipeline import Pipeline
@@ -116,7 +116,8 @@ class Spread:
 
     def measure(self, micro: Microbatch) -> Measured:
         """Of a batch that every rank has, on the CPU; the same on every rank."""
-        local = cut(micro, self.mesh).to(self.device)
+        whole = padded(micro, self.mesh.size("cp", "tp"))
+        local = cut(whole, self.mesh).to(self.device)
         if self.pipeline is not None:
             found = self.pipeline.measure(local)
         else:

@@ -46,6 +46,16 @@ def check(config: ModelConfig, tp: int) -> None:
         need("n_shared_experts · moe_intermediate_size", config.n_shared_experts * config.moe_intermediate_size)
 
 
+class SpreadMLP(MLP):
+    """An MLP with one rank's share of the inner width."""
+
+    group: dist.ProcessGroup
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[T/tp, D]` -> `[T/tp, D]`."""
+        return _exchanged(super().forward, self.group, x)
+
+
 def spread_tensor(model: Transformer, mesh: Mesh) -> Splits:
     """Leaves this rank its share of a whole model's heads and inner widths; attention and MLPs exchange tokens.
 
@@ -65,13 +75,15 @@ def spread_tensor(model: Transformer, mesh: Mesh) -> Splits:
             divide(0, *_by_head(module))
             divide(1, module.wo)
             module.config = _share(module.config, ranks)
-            _set_forward(module, partial(_exchanged, module.forward, group))
+            module.__dict__["forward"] = partial(_exchanged, module.forward, group)
         elif isinstance(module, MLP):
             divide(0, module.w1, module.w3)
             divide(1, module.w2)
-            _set_forward(module, partial(_exchanged, partial(_mlp, module), group))
+            # A class of its own tells whatever would compute an MLP in one piece, or read its weights, not to.
+            module.__class__ = SpreadMLP
+            module.group = group
         elif type(module) is MoE and module.shared_experts is not None:
-            _set_forward(module, partial(_moe, module))
+            module.__dict__["forward"] = partial(_moe, module)
     return splits
 
 
@@ -96,17 +108,8 @@ def _exchanged(inner: Any, group: dist.ProcessGroup, x: Tensor, *others: Any) ->
     return scattered_sum(inner(gathered(x, group), *others), group)
 
 
-def _mlp(mlp: MLP, x: Tensor) -> Tensor:
-    """`MLP.forward` through each map's own call, which is what gathers its weight over the other ranks."""
-    return mlp.w2(gated(mlp.w1(x), mlp.w3(x)))
-
-
 def _moe(moe: MoE, x: Tensor) -> tuple[Tensor, Routing]:
     """`MoE.forward` where routed and shared experts do not see the same tokens."""
     assert moe.shared_experts is not None
     routing = moe.gate(x)
     return moe.experts(x, routing) + moe.shared_experts(x), routing
-
-
-def _set_forward(module: nn.Module, forward: Any) -> None:
-    module.__dict__["forward"] = forward

@@ -1,11 +1,15 @@
 """Odd models and settings under tensor and context parallel: steps in float64, several runs in one set of ranks."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from ranks import on_ranks
 from steps import Steps, settings, take
+
+from abyssal.data import TokenSet
+from abyssal.train.trainer import Trainer
+from abyssal.train.validation import Validator
 
 Case = tuple[dict[str, Any], dict[str, Any]]  # changes of the model, and of the run
 
@@ -29,11 +33,20 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def run(tokens: Path, out: Path, mesh: str, cases: list[Case], steps: int = 2) -> list[Steps]:
+class Found(NamedTuple):
+    steps: Steps
+    loss: float  # of validation after them, over batches whose tokens cannot be divided
+    load: list[list[float]]
+
+
+def run(tokens: Path, out: Path, mesh: str, cases: list[Case], steps: int = 2) -> list[Found]:
     found = []
     for model, changes in cases:
         options = {"dtype": "float64", "accumulate": 2} | changes
-        found.append(take(settings(tokens, out, mesh, model, **options), steps))
+        made: list[Trainer] = []
+        taken = take(settings(tokens, out, mesh, model, **options), steps, made)
+        measured = Validator(TokenSet.open(tokens), 250, 99, 64).measure(made[0].spread.measure)
+        found.append(Found(taken, measured.loss, measured.expert_load))
     return found
 
 
@@ -42,7 +55,8 @@ def check_cases(tokens: Path, out: Path, mesh: str, names: list[str], ranks: int
     cases = [CASES[name] for name in names]
     expected = run(tokens, out, "", cases)
     for found in on_ranks(ranks, run, tokens, out, mesh, cases):
-        for name, ours, one in zip(names, found, expected, strict=True):
+        for name, (ours, loss, load), (one, loss_one, load_one) in zip(names, found, expected, strict=True):
+            assert abs(loss - loss_one) < 1e-10 and load == load_one, name
             for key, gradient in ours.gradients.items():
                 torch.testing.assert_close(
                     gradient, one.gradients[key], rtol=1e-7, atol=1e-10, msg=lambda m, n=name, k=key: f"{n}: {k}: {m}"
