@@ -120,9 +120,7 @@ def sum_rows(parts: Sequence[Tensor], place: Tensor, plus: Tensor | None = None,
         narrow = first.dtype in (torch.bfloat16, torch.float16, torch.float32)
         path = "fused" if narrow and capability(first)[0] else "reference"
     if path == "fused":
-        from abyssal.kernels.experts_rows import sum_rows as fused
-
-        return fused(first, place, plus, second)
+        return _fused_sum(first, second, place, plus)
     if path != "reference":
         raise ValueError(f"path: expected 'reference' or 'fused', got {path!r}")
     rows = torch.cat((first, second, first.new_zeros(1, first.shape[1])))
@@ -130,6 +128,18 @@ def sum_rows(parts: Sequence[Tensor], place: Tensor, plus: Tensor | None = None,
     for column in place.unbind(1):
         total = total + rows[torch.where(column < 0, rows.shape[0] - 1, column)]
     return total
+
+
+@torch.library.custom_op("abyssal::sum_rows", mutates_args=())
+def _fused_sum(first: Tensor, second: Tensor, place: Tensor, plus: Tensor | None) -> Tensor:
+    from abyssal.kernels.experts_rows import sum_rows as fused
+
+    return fused(first, place, plus, second)
+
+
+@_fused_sum.register_fake
+def _(first: Tensor, second: Tensor, place: Tensor, plus: Tensor | None) -> Tensor:
+    return first.new_empty(place.shape[0], first.shape[1])
 
 
 def _reference(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, indices: Tensor, weights: Tensor) -> Tensor:

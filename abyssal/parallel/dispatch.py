@@ -148,7 +148,7 @@ def depart(x: Tensor, weights: Tensor, indices: Tensor, plan: Plan) -> Departure
 
 
 def arrive(departure: Departure, plan: Plan) -> Arrived:
-    """Waits for what was sent."""
+    """Lets what follows wait for what was sent."""
     return Arrived(*_Arrive.apply(departure.x, departure.meta, plan, departure.way))
 
 
@@ -173,16 +173,25 @@ def collect(returned: Return, plan: Plan, plus: Tensor | None = None) -> Tensor:
 
 
 def _scatter(x: Tensor, plan: Plan, way: Way) -> Tensor:
-    """Starts sending each token's row to its ranks: `[T, ...]` -> `[R, ...]`, filled when `way` is waited for."""
+    """Starts sending each token's row to its ranks: `[T, D]` -> `[R, D]`, filled when `way` is waited for."""
     leaving, coming = plan.leaving, plan.coming
-    out = x.new_empty(coming + plan.sizes.own, *x.shape[1:])
-    way.send(out[:coming], x[plan.token[:leaving]], plan.sizes.received, plan.sizes.sent, plan.group)
-    torch.index_select(x, 0, plan.token[leaving:], out=out[coming:])
+    out = x.new_empty(coming + plan.sizes.own, x.shape[1])
+    rows = x.new_empty(leaving, x.shape[1])
+    _pick(x, plan.token[:leaving], rows)
+    way.send(out[:coming], rows, plan.sizes.received, plan.sizes.sent, plan.group)
+    _pick(x, plan.token[leaving:], out[coming:])
     return out
 
 
+def _pick(x: Tensor, token: Tensor, out: Tensor) -> None:
+    """`out [rows, D]` = x[token]. A GPU moves a number a thread: long ones are moved at the rate of the memory."""
+    if x.shape[1] * x.element_size() % 8 == 0 and x.element_size() < 8:
+        x, out = x.view(torch.int64), out.view(torch.int64)
+    torch.index_select(x, 0, token, out=out)
+
+
 def _gather(rows: Tensor, back: Tensor, plan: Plan, way: Way) -> None:
-    """Starts sending what `_scatter` brought the other way: `[R, ...]` into `back [rows sent, ...]`."""
+    """Starts sending what `_scatter` brought the other way: `[R, D]` into `back [rows sent, D]`."""
     way.send(back, rows[: plan.coming], plan.sizes.sent, plan.sizes.received, plan.group)
 
 
@@ -193,7 +202,7 @@ class _Depart(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # Experts are few enough to be exact in any dtype of gate values.
         meta = _scatter(torch.cat((weights, indices.to(weights.dtype)), 1), plan, way)
-        return _scatter(x, plan, way), meta
+        return _scatter(x.contiguous(), plan, way), meta
 
     @staticmethod
     def backward(ctx: Any, dx_rows: Tensor, _: None) -> tuple[Tensor | None, ...]:

@@ -14,6 +14,7 @@ from abyssal.model.experts import Experts, MoE, Routing
 from abyssal.model.layers import MLP, Pinned
 from abyssal.model.transformer import Transformer
 from abyssal.ops.experts import experts
+from abyssal.ops.fork import fork
 from abyssal.parallel.dispatch import Arrived, arrive, collect, depart, give_back, plan
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.shard import Split, Splits
@@ -59,13 +60,14 @@ class SpreadMoE(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`[T, D]` -> `[T, D]` and what the gate decided, of this rank's tokens. Every rank of the group calls it."""
-        routing: Routing = self.gate(x)
+        x, for_gate, for_shared = fork(x, 3)
+        routing: Routing = self.gate(for_gate)
         route = plan(routing.indices, self.count, self.experts.held, self.group)
         departed = depart(x, routing.weights, routing.indices, route)
         s = self.shared_experts
         # Where another way of spreading, or FP8, has replaced an MLP's forward it goes as one.
         in_two = s is not None and type(s).forward is MLP.forward and "forward" not in s.__dict__
-        shared = None if s is None else s.hidden(x) if in_two else s(x)
+        shared = None if s is None else s.hidden(for_shared) if in_two else s(for_shared)
         returned = give_back(self.experts(arrive(departed, route), route.sizes.choices), route)
         if s is not None and in_two:
             shared = s.w2(shared)
