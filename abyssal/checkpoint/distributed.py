@@ -22,6 +22,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from abyssal.checkpoint.errors import CheckpointError
@@ -185,6 +186,7 @@ class StateWriter:
         self._group, self._device = group, device
         self._first = dist.get_rank(group) == 0
         self._staged: dict[str, Tensor] = {}
+        self._on_cpu: dict[DeviceMesh, DeviceMesh] = {}  # whose tensors are on another device -> for their copies
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -221,10 +223,13 @@ class StateWriter:
         copy.copy_(local, non_blocking=True)
         if not isinstance(tensor, DTensor):
             return copy
-        mesh, placements = tensor.device_mesh, tensor.placements
+        mesh = tensor.device_mesh
+        if mesh not in self._on_cpu:
+            self._on_cpu[mesh] = DeviceMesh("cpu", mesh.mesh, _init_backend=False)
+        shape, stride = tensor.shape, tensor.stride()
         return DTensor.from_local(
-            copy, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-        )  # fmt: skip
+            copy, self._on_cpu[mesh], tensor.placements, run_check=False, shape=shape, stride=stride
+        )
 
     def _write(
         self, folder: Path, tensors: dict[str, Tensor], open_folder: Callable[[], object], commit: Callable[[], None],

@@ -85,7 +85,7 @@ class Mesh:
         self.shape = shape
         self.whole = init_device_mesh(device_type, shape.sizes, mesh_dim_names=AXES)
         self._parts: dict[tuple[str, ...], DeviceMesh] = {}
-        self._drawn: dict[str, DeviceMesh] = {}
+        self._drawn: dict[tuple[str, str], DeviceMesh] = {}
 
     def over(self, *axes: str) -> DeviceMesh:
         """The one-dimensional mesh of the ranks that differ from this one on these axes alone, in AXES' order."""
@@ -101,15 +101,14 @@ class Mesh:
                 self._parts[key] = self.whole[key]._flatten("_".join(key))
         return self._parts[key]
 
-    def drawn(self, axis: str | None) -> DeviceMesh:
+    def drawn(self, axis: str | None, device_type: str) -> DeviceMesh:
         """The ranks of this stage, `[axis, the others]`, or all in a row; without process groups: it only says who has
-        what."""
-        key = axis or ""
+        what. `device_type`: of the tensors that are said to lie on it, which would be moved to another's."""
+        key = (axis or "", device_type)
         if key not in self._drawn:
             stage = self.whole.mesh[self.place("pp")]  # [dp, ep, cp, tp]
-            first = STAGE.index(axis) if axis else 0
-            ranks = stage.movedim(first, 0).flatten(1) if axis else stage.flatten()
-            self._drawn[key] = DeviceMesh("cpu", ranks, _init_backend=False)
+            ranks = stage.movedim(STAGE.index(axis), 0).flatten(1) if axis else stage.flatten()
+            self._drawn[key] = DeviceMesh(device_type, ranks, _init_backend=False)
         return self._drawn[key]
 
     def group(self, *axes: str) -> dist.ProcessGroup:

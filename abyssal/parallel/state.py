@@ -23,5 +23,5 @@ def described(local: Tensor, piece: "Piece", mesh: Mesh) -> DTensor:
         shape[dim] *= mesh.size(piece.split.axis)
         placements.insert(0, Shard(dim))
     stride = torch.empty(shape, device="meta").stride()
-    ranks = mesh.drawn(piece.split.axis if piece.split else None)
+    ranks = mesh.drawn(piece.split.axis if piece.split else None, local.device.type)
     return DTensor.from_local(local, ranks, placements, run_check=False, shape=torch.Size(shape), stride=stride)

@@ -157,3 +157,14 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_alike(tokens: Path, tmp_
     text = log.read_text()
     assert len(re.findall(r"abyssal: step \d+: the loss is \S+ and the gradient's norm \S+; first: the ", text)) == 1
     assert (out / "state-nan" / "trainer.json").is_file()
+
+
+@pytest.mark.slow
+def test_what_the_first_rank_finds_wrong_is_told_once(tokens: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    config = settings(tokens, out, "dp=2", {"vocab_size": 264})
+    out.with_suffix(".json").write_text(json.dumps(config.to_dict()))
+    with torchrun(["-m", "abyssal", "train", str(out.with_suffix(".json"))], log) as process:
+        assert process.wait(400) != 0
+    text = log.read_text()
+    assert len(re.findall(r"abyssal: model.vocab_size: the tokenizer has \d+ ids, the model 264", text)) == 1
