@@ -56,7 +56,7 @@ def _adamw(g, w, m, v, rate, root, decay, shrink, beta1, rest1, beta2, rest2, ep
 
 @triton.jit
 def _step_kernel(
-    gradients, masters, firsts, seconds, params, numbers, owner, first, sizes, scale, stopped, n, beta1, rest1, beta2,
+    gradients, masters, firsts, seconds, copies, numbers, owner, first, sizes, scale, stopped, n, beta1, rest1, beta2,
     rest2, eps, NARROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`numbers [3, n]`, a tensor's: lr / (1 - β1^t), 1 / sqrt(1 - β2^t), lr · weight decay."""
@@ -64,7 +64,7 @@ def _step_kernel(
     dtype: tl.constexpr = tl.bfloat16 if NARROW else tl.float32
     if (tl.load(gradients + i) != 0) & (tl.load(stopped) == 0.0):
         at = start + tl.arange(0, BLOCK)
-        g, p = _at(gradients, i, dtype) + at, _at(params, i, tl.bfloat16) + at
+        g, p = _at(gradients, i, dtype) + at, _at(copies, i, tl.bfloat16) + at
         w, m, v = _at(masters, i, tl.float32) + at, _at(firsts, i, tl.float32) + at, _at(seconds, i, tl.float32) + at
         rate, root, decay = tl.load(numbers + i), tl.load(numbers + n + i), tl.load(numbers + 2 * n + i)
         shrink = tl.div_rn(1.0, tl.load(scale))
@@ -130,9 +130,9 @@ def step(
     `kept [4, n]` int64: addresses of masters, first and second moments, and parameters. `numbers` as in the kernel.
     """
     if table.owner.shape[0]:
-        (beta1, beta2), (masters, firsts, seconds, params) = betas, kept.unbind()
+        (beta1, beta2), (masters, firsts, seconds, copies) = betas, kept.unbind()
         _step_kernel[(table.owner.shape[0],)](
-            gradients, masters, firsts, seconds, params, numbers, table.owner, table.first, table.sizes, scale, stopped,
+            gradients, masters, firsts, seconds, copies, numbers, table.owner, table.first, table.sizes, scale, stopped,
             table.count, beta1, 1 - beta1, beta2, 1 - beta2, eps, NARROW=narrow, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 

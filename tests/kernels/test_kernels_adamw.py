@@ -32,7 +32,7 @@ class Both:
 
     def step(self, gradients: Sequence[Tensor | None], scale: float = 1.0, stopped: float = 0.0) -> None:
         for p, gradient in zip(self.theirs, gradients, strict=True):
-            p.grad = None if gradient is None else gradient.float()
+            p.grad = None if gradient is None else gradient.float().clone()  # torch divides it in place
         self.adamw.grad_scale, self.adamw.found_inf = torch.tensor(scale), torch.tensor(stopped)
         self.adamw.step()
         self.one.step(gradients, LR, BETAS, EPS, torch.tensor(scale), torch.tensor(stopped))
