@@ -7,7 +7,7 @@ all heads share: the maps down to the latents and their norms.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from abyssal.model.experts import MoE, Routing
 from abyssal.model.latent import LatentAttention
 from abyssal.model.layers import MLP, Linear
 from abyssal.model.transformer import Transformer
-from abyssal.ops.gated import gated
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.rows import gathered, scattered_sum
 from abyssal.parallel.shard import Split, Splits
@@ -81,7 +80,7 @@ def spread_tensor(model: Transformer, mesh: Mesh) -> Splits:
             divide(1, module.w2)
             # A class of its own tells whatever would compute an MLP in one piece, or read its weights, not to.
             module.__class__ = SpreadMLP
-            module.group = group
+            cast(SpreadMLP, module).group = group
         elif type(module) is MoE and module.shared_experts is not None:
             module.__dict__["forward"] = partial(_moe, module)
     return splits
