@@ -12,6 +12,8 @@ from torch import Tensor
 
 from abyssal.ops.device import capability
 
+ALIGNED = 16  # bytes: kernels read so many at a time
+
 
 class Stepped(NamedTuple):
     """Of one parameter, all of one shape, contiguous."""
@@ -23,11 +25,11 @@ class Stepped(NamedTuple):
 
 
 def fits(params: Sequence[Tensor], masters: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these: bfloat16 on one NVIDIA GPU, with float32 masters."""
+    """Whether the kernels take these: bfloat16 on one NVIDIA GPU, with float32 masters, whole."""
     return bool(params) and all(
         p.dtype == torch.bfloat16 and m.dtype == torch.float32 and type(p.data) is Tensor
         and p.is_contiguous() and m.is_contiguous() and capability(p)[0] > 0 and m.device == p.device
-        and p.device == params[0].device
+        and p.device == params[0].device and not (p.data_ptr() | m.data_ptr()) % ALIGNED
         for p, m in zip(params, masters, strict=True)
     )  # fmt: skip
 
@@ -40,7 +42,7 @@ class OnePass:
     ) -> None:
         """`steps [n]` float32: how many a parameter has taken, counted on here; `decays`: weight decay a parameter;
         `parts`: of which sum of squares its gradient is. The tensors must live as long as this does."""
-        from abyssal.kernels.adamw import ALIGNED, Table
+        from abyssal.kernels.adamw import Table
 
         device = steps.device
         # Parameters of a part come one behind the other, so that a part's sums do.
@@ -55,7 +57,6 @@ class OnePass:
         self._places = torch.tensor(self._order).to(device)
         self._decays = torch.tensor([decays[i] for i in self._order], dtype=torch.float64).to(device)
         self._parts = [parts[i] for i in self._order]
-        self._aligned = ALIGNED
         self._last: tuple[list[int], Tensor] | None = None
 
     def squares(self, gradients: Sequence[Tensor | None], count: int) -> Tensor:
@@ -94,7 +95,7 @@ class OnePass:
         if len(dtypes) > 1 or not dtypes <= {torch.bfloat16, torch.float32}:
             raise ValueError(f"gradients: expected all bfloat16 or all float32, got {sorted(map(str, dtypes))}")
         fit = [
-            g if g is None or (g.is_contiguous() and not g.data_ptr() % self._aligned) else g.clone(
+            g if g is None or (g.is_contiguous() and not g.data_ptr() % ALIGNED) else g.clone(
                 memory_format=torch.contiguous_format
             )
             for g in given

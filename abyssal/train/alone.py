@@ -55,6 +55,7 @@ class Alone:
             if balance.gates:
                 balance.observe(loss.routings, loss.live)
             parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
+            del loss  # and what its routings hold, before the next forward pass
         return torch.stack(parts).sum(0)
 
     def measure(self, micro: Microbatch) -> Measured:
@@ -62,7 +63,9 @@ class Alone:
         return self.objective.measure(micro.to(self.device))
 
     def _here(self, sums: Tensor) -> Tensor:
-        return sums.to(wide_of(self.dtype)).to(self.device, non_blocking=True)
+        sums = sums.to(wide_of(self.dtype))
+        # From memory that is not pinned a copy would first wait for all that the GPU has yet to do.
+        return (sums.pin_memory() if self.device.type == "cuda" else sums).to(self.device, non_blocking=True)
 
     def norms(self, squares: Tensor) -> Tensor:
         """The norms by part and over all, `[parts + 1]`, from the sums of squares by part."""

@@ -26,6 +26,9 @@ class Gradients:
         self._dtypes = [m.dtype for m in masters]
         self._buffers: list[Tensor | None] = [None] * len(params)
         if several:
+            # Made now: made in a backward pass they would lie where activations were, and these elsewhere ever after.
+            for i in range(len(params)):
+                self._buffer(i)
             mine = weakref.ref(self)  # else the parameters would keep alive whatever holds them
 
             def hook(i: int) -> None:
@@ -74,11 +77,15 @@ class Gradients:
 
     def _widened(self, i: int, gradient: Tensor) -> Tensor:
         """The gradient in the buffer."""
+        buffer = self._buffer(i)
+        if gradient is not buffer:
+            widen(buffer, gradient, add=False)
+        return buffer
+
+    def _buffer(self, i: int) -> Tensor:
         buffer = self._buffers[i]
-        if gradient is buffer:
-            return buffer
         if buffer is None:
-            buffer = torch.empty_like(gradient, dtype=self._dtypes[i], memory_format=torch.contiguous_format)
+            like = self.params[i].detach()
+            buffer = torch.empty_like(like, dtype=self._dtypes[i], memory_format=torch.contiguous_format)
             self._buffers[i] = buffer
-        widen(buffer, gradient, add=False)
         return buffer

@@ -47,10 +47,9 @@ class Optimizer:
             if m is not k.param and m.dtype != k.param.dtype
         ]  # fmt: skip
         params, masters = [self.params[i] for i in self._narrow], [self.masters[i] for i in self._narrow]
-        self._one_pass = config.optimizer == "adamw" and len(params) == len(kept) and fits(params, masters)
+        one_pass = config.optimizer == "adamw" and len(params) == len(kept) and fits(params, masters)
         several = config.accumulate > 1
-        self._taken = Gradients(params, masters, self._one_pass and not several, several)
-        self._pass: OnePass | None = None  # made for the moments that are there, at the first step that needs it
+        self._taken = Gradients(params, masters, one_pass and not several, several)
         self._parts = [part_of(name) for name in self.names]
 
         matrices = _matrices(self.names, self.masters) if config.optimizer == "muon" else set()
@@ -72,11 +71,12 @@ class Optimizer:
             )
         if stacked:
             self.optimizers.append(StackedMuon(stacked, config.lr, config.weight_decay))
+        self._pass = self._one_pass() if one_pass else None
 
     def collect(self) -> None:
         """Takes in the gradients of one microbatch; call it after every `backward`."""
         self._taken.collect()
-        if not self._one_pass:
+        if self._pass is None:
             for i, gradient in zip(self._narrow, self._taken.found, strict=True):
                 self.masters[i].grad = gradient
         narrow = set(self._narrow)
@@ -87,14 +87,14 @@ class Optimizer:
 
     def gradients(self) -> list[tuple[str, Tensor]]:
         """The step's gradients by the parameters' names, in the model's order."""
-        found = self._taken.found if self._one_pass else [p.grad for p in self.masters]
+        found = [p.grad for p in self.masters] if self._pass is None else self._taken.found
         return [(n, g) for n, g in zip(self.names, found, strict=True) if g is not None]
 
     def squares(self) -> Tensor:
         """The gradient's sum of squares by PARTS, in the masters' dtype."""
-        if self._one_pass:
+        if self._pass is not None:
             self._taken.alike()
-            return self._prepared().squares(self._taken.found, len(PARTS))
+            return self._pass.squares(self._taken.found, len(PARTS))
         wide = torch.promote_types(self.masters[0].dtype, torch.float32)
         sums = torch.zeros(len(PARTS), dtype=wide, device=self.masters[0].device)
         for part in sorted(set(self._parts)):
@@ -115,11 +115,11 @@ class Optimizer:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-        if self._one_pass:
+        if self._pass is not None:
             self._taken.alike()
             one = torch.ones_like(stopped) if scale is None else scale
             c = self.config
-            self._prepared().step(self._taken.found, lr, c.betas, c.eps, one, stopped)
+            self._pass.step(self._taken.found, lr, c.betas, c.eps, one, stopped)
             self.drop_gradients()
             return
         if muon and not bool(stopped):
@@ -138,23 +138,16 @@ class Optimizer:
         if self._narrow:
             torch._foreach_copy_([self.params[i] for i in self._narrow], [self.masters[i] for i in self._narrow])
 
-    @torch.no_grad()
-    def _prepared(self) -> OnePass:
-        """The pass over the moments in AdamW's state, where a step begins them."""
-        if self._pass is None:
-            (adamw,) = self.optimizers
-            decays = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
-            stepped, steps = [], torch.zeros(len(self.masters), device=self.masters[0].device)
-            for i, (param, master) in enumerate(zip(self.params, self.masters, strict=True)):
-                state = adamw.state[master]
-                if state:
-                    steps[i] = state["step"]
-                else:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
-                state["step"] = steps[i]
-                stepped.append(Stepped(param, master, state["exp_avg"], state["exp_avg_sq"]))
-            self._pass = OnePass(stepped, steps, [decays[m] for m in self.masters], self._parts)
-        return self._pass
+    def _one_pass(self) -> OnePass:
+        """Makes AdamW's state at once: made in the first step it would lie where activations were before."""
+        adamw, steps = self.optimizers[0], torch.zeros(len(self.masters), device=self.masters[0].device)
+        decays = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
+        stepped = []
+        for step, param, master in zip(steps, self.params, self.masters, strict=True):
+            moments = torch.zeros_like(master), torch.zeros_like(master)
+            adamw.state[master] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
+            stepped.append(Stepped(param, master, *moments))
+        return OnePass(stepped, steps, [decays[m] for m in self.masters], self._parts)
 
     def drop_gradients(self) -> None:
         """Forgets the gradients, the masters' and the model's."""
@@ -185,8 +178,11 @@ class Optimizer:
             if kind == MASTER:
                 p.copy_(value)
             else:
-                owners[p].state[p][kind] = value.to(p.device, copy=True)
-        self._pass = None
+                state = owners[p].state[p]
+                if self._pass is None:
+                    state[kind] = value.to(p.device, copy=True)
+                else:
+                    state[kind].copy_(value)
         self._copy_back()
 
 
