@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from abyssal.model.transformer import Transformer
-from abyssal.ops.adamw import OnePass, Stepped, widen
+from abyssal.ops.adamw import OnePass, Stepped, fits, widen
 from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
 from abyssal.train.optimizer import Optimizer
@@ -24,6 +24,15 @@ SIZES = (1, 513, 4096, 4104, 1 << 20, (1 << 22) + 3)
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda").to(dtype)
+
+
+def test_what_fits() -> None:
+    narrow, wide = normal(64, dtype=torch.bfloat16), normal(64)
+    assert fits([narrow], [wide])
+    assert not fits([], [])
+    assert not fits([wide], [wide]) and not fits([narrow], [wide.double()]) and not fits([narrow.cpu()], [wide.cpu()])
+    assert not fits([narrow[1:]], [wide[1:]])  # off the step that is read at a time
+    assert not fits([narrow.view(8, 8).T], [wide.view(8, 8)])
 
 
 class Both:
