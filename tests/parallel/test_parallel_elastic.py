@@ -23,7 +23,7 @@ import abyssal
 from abyssal.train import read_metrics, train
 from abyssal.train.state import newest_state
 
-CURVE = ("loss", "main_loss", "balance_loss", "grad_norm", "lr")
+CURVE = ("loss", "main_loss", "balance_loss", "lr")
 
 
 def told(out: Path) -> int:
@@ -77,20 +77,26 @@ def until(process: subprocess.Popen, condition: Callable[[], bool], seconds: flo
         time.sleep(0.002)
 
 
-def curve(out: Path) -> torch.Tensor:
-    return torch.tensor([[r[key] for key in CURVE] for r in read_metrics(out / "metrics.jsonl")])
-
-
-def undisturbed(tokens: Path, out: Path, steps: int) -> torch.Tensor:
+def undisturbed(tokens: Path, out: Path, steps: int) -> Path:
+    """A run of one process."""
     config = settings(tokens, out, "", {}, steps=steps, log_every=1, validation_tokens=256)
     train(config, console=Console(file=io.StringIO()))
-    return curve(out)
+    return out
+
+
+def same(out: Path, whole: Path) -> None:
+    """Every step's losses are one process's; its gradient's norm, which errors move more, nearly."""
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (out, whole))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    for keys, rtol in ((CURVE, 1e-5), (("grad_norm",), 1e-3)):
+        a, b = (torch.tensor([[r[key] for key in keys] for r in records]) for records in (ours, theirs))
+        torch.testing.assert_close(a, b, rtol=rtol, atol=1e-6)
 
 
 def test_a_rank_killed_in_mid_step_costs_the_steps_since_the_last_state(tokens: Path, tmp_path: Path) -> None:
-    whole = undisturbed(tokens, tmp_path / "whole", steps=24)
+    whole = undisturbed(tokens, tmp_path / "whole", steps=18)
     out, log = tmp_path / "killed", tmp_path / "log"
-    with torchrun(prepare(tokens, out, "dp=2", steps=24), log, restarts=2) as process:
+    with torchrun(prepare(tokens, out, "dp=2", steps=18), log, restarts=2) as process:
         until(process, lambda: told(out) >= 6 and newest_state(out / "state") is not None)
         os.kill(ranks(process)[1], signal.SIGKILL)
         reached = told(out)
@@ -100,7 +106,7 @@ def test_a_rank_killed_in_mid_step_costs_the_steps_since_the_last_state(tokens: 
     resumed = re.findall(r"resuming after step (\d+)", text)
     # A state that was being written when the rank died is lost, and with it its steps; no more.
     assert len(resumed) == 1 and reached - 8 < int(resumed[0]) <= reached + 1
-    torch.testing.assert_close(curve(out), whole, rtol=1e-5, atol=1e-6)
+    same(out, whole)
     assert not list((out / "state").glob(".step-*"))
     ours, theirs = abyssal.load(out / "model"), abyssal.load(tmp_path / "whole" / "model")
     for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
@@ -146,7 +152,7 @@ def test_killed_whole_many_times_while_a_state_is_written(tokens: Path, tmp_path
     with torchrun(command, log) as process:
         assert process.wait(300) == 0
     assert torn > 0, "no state was left half written: the test has shown nothing"
-    torch.testing.assert_close(curve(out), whole, rtol=1e-5, atol=1e-6)
+    same(out, whole)
 
 
 @pytest.mark.slow

@@ -79,7 +79,10 @@ def alone(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
 
 
 def same(ours: list[tuple[float, ...]], theirs: list[tuple[float, ...]]) -> None:
-    torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=1e-5, atol=1e-6)
+    """The losses are; the gradient's norm, the last, which errors move more, nearly."""
+    a, b = torch.tensor(ours), torch.tensor(theirs)
+    torch.testing.assert_close(a[:, :-1], b[:, :-1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(a[:, -1], b[:, -1], rtol=1e-3, atol=1e-6)
 
 
 def contents(state: Path) -> dict[str, Tensor]:
