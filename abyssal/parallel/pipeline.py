@@ -218,6 +218,8 @@ class Pipeline:
                 stages.append(_Torch(stage, s, self.count, device, given, made, group=self.group))
                 stages[-1].halves = self.halves
             what = stages[0] if self.schedule in ONE_A_RANK else stages
+            # NCCL connects the ranks at the first call that all of them make; a schedule's first may be a few ranks'.
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
             # The losses add up over the step as they are.
             self._schedule = SCHEDULES[self.schedule](what, self.microbatches, loss_fn=_itself, scale_grads=False)
         return self._schedule

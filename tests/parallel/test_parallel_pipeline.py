@@ -77,9 +77,11 @@ def poisoned(trainer: Trainer) -> str:
 def check_cases(tokens: Path, out: Path, mesh: str, cases: dict[str, Case], ranks: int, steps: int = 2) -> None:
     """Raises AssertionError unless every run over `mesh` is one process's, but for float64's rounding."""
     expected = run(tokens, out, "", list(cases.values()), steps)
-    for per_rank in on_ranks(ranks, run, tokens, out, mesh, list(cases.values()), steps):
-        for name, ours, one in zip(cases, per_rank, expected, strict=True):
-            assert ours.steps.gradients, name
+    found = on_ranks(ranks, run, tokens, out, mesh, list(cases.values()), steps)
+    for name, one, *of_ranks in zip(cases, expected, *found, strict=True):
+        # A rank has its stages' gradients, and the ranks of all stages all of them.
+        assert set().union(*(ours.steps.gradients for ours in of_ranks)) == set(one.steps.gradients), name
+        for ours in of_ranks:
             for key, gradient in ours.steps.gradients.items():
                 torch.testing.assert_close(
                     gradient, one.steps.gradients[key], rtol=1e-7, atol=1e-10,
@@ -93,20 +95,23 @@ def check_cases(tokens: Path, out: Path, mesh: str, cases: dict[str, Case], rank
             assert ours.loss == pytest.approx(one.loss, rel=1e-9), name
             assert ours.load == one.load and ours.mtp == one.mtp, name
             assert ours.first == one.first, name
-    names = [set(ours.steps.gradients) for ours in per_rank]
-    assert all(names)
 
 
 def test_every_schedule_takes_the_steps_of_one_process(tokens: Path, tmp_path: Path) -> None:
-    check_cases(tokens, tmp_path, "pp=2", CASES, 2)
+    of_four = ("1f1b, recomputed, kept gathered", "1f1b, no experts, no MTP", "zbv, classic balance loss")
+    check_cases(tokens, tmp_path, "pp=2", {name: case for name, case in CASES.items() if name not in of_four}, 2)
 
 
-FOUR: dict[str, dict[str, Case]] = {
+FOUR: dict[str, dict[str, Case]] = {  # a mesh: runs over it
     "pp=4": {
         "1f1b": ({}, {}),
         "zbv": ({"num_hidden_layers": 9, "num_nextn_predict_layers": 2}, {"schedule": "zbv", "accumulate": 7}),
         "dualpipev": ({"num_hidden_layers": 8}, {"schedule": "dualpipev", "accumulate": 8}),
         "interleaved": ({"num_hidden_layers": 8}, {"schedule": "interleaved", "accumulate": 8}),
+        "interleaved, fewer microbatches than ranks": (
+            {"num_hidden_layers": 8},
+            {"schedule": "interleaved", "accumulate": 3},
+        ),
     },
     "pp=2,dp=2": CASES,
     "pp=2,tp=2": {"1f1b": ({}, {}), "zbv": ({}, {"schedule": "zbv"})},
