@@ -86,6 +86,8 @@ class OnePass:
         corrections = [-torch.expm1(taken * math.log(b)) if b > 0 else torch.ones_like(taken) for b in betas]
         numbers = torch.stack((lr / corrections[0], corrections[1].rsqrt(), lr * self._decays)).float()
         kernels.step(self._table, addresses, narrow, self._kept, numbers, scale, stopped, betas, eps)
+        # Autograd counts writes, to refuse a backward pass through what was overwritten. It cannot see a kernel's.
+        torch.autograd.graph.increment_version([t for stepped in self._stepped for t in stepped])
 
     def _addresses(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor, bool, list[Tensor | None]]:
         """Where the gradients lie, in the table's order; whether they are bfloat16; and what must live until they are

@@ -115,3 +115,13 @@ def test_widen_is_torchs_sum(n: int, dtype: torch.dtype) -> None:
         widen(found, part, add, "triton")
         widen(exact, part, add, "reference")
         assert torch.equal(found, exact)
+
+
+def test_a_backward_pass_through_what_a_step_overwrote_is_refused() -> None:
+    both = Both([4])
+    weight = nn.Parameter(both.ours[0].param)
+    both.one = OnePass([both.ours[0]._replace(param=weight)], both.steps, [0.0], [0])
+    y = (weight * weight).sum()
+    both.one.step([torch.ones(4).bfloat16()], LR, BETAS, EPS, torch.tensor(1.0), torch.tensor(0.0))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
