@@ -36,7 +36,7 @@ CASES: dict[str, Case] = {
 class Found(NamedTuple):
     steps: Steps
     loss: float  # of validation after them, over batches whose tokens cannot be divided
-    load: list[list[float]]
+    shares: list[list[float]]  # the experts' loads, and how often each MTP module guesses right
 
 
 def run(tokens: Path, out: Path, mesh: str, cases: list[Case], steps: int = 2) -> list[Found]:
@@ -45,8 +45,8 @@ def run(tokens: Path, out: Path, mesh: str, cases: list[Case], steps: int = 2) -
         options = {"dtype": "float64", "accumulate": 2} | changes
         made: list[Trainer] = []
         taken = take(settings(tokens, out, mesh, model, **options), steps, made)
-        measured = Validator(TokenSet.open(tokens), 250, 99, 64).measure(made[0].spread.measure)
-        found.append(Found(taken, measured.loss, measured.expert_load))
+        measured = Validator(TokenSet.open(tokens), 250, 99, 64, len(made[0].model.mtp)).measure(made[0].spread.measure)
+        found.append(Found(taken, measured.loss, [*measured.expert_load, measured.mtp_accuracy]))
     return found
 
 
