@@ -165,13 +165,13 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_nothing_else(make, tmp_path, 
         before = sorted(f.name for f in tmp_path.iterdir())
         calls = 0
 
-        def full(file, tensors, stamp, real=writer.write_shard, limit=0 if most == ONE else 1):
+        def full(file, tensors, stamp, read, real=writer.write_shard, limit=0 if most == ONE else 1):
             nonlocal calls
             calls += 1
             if calls > limit:
                 file.write(b"half")
                 raise OSError(28, "No space left on device")
-            real(file, tensors, stamp)
+            real(file, tensors, stamp, read)
 
         with monkeypatch.context() as patch:
             patch.setattr(writer, "write_shard", full)
