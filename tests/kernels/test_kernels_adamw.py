@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from abyssal.kernels.adamw import BLOCK
+from abyssal.model.transformer import Transformer
 from abyssal.ops.adamw import OnePass, Stepped, widen
+from abyssal.train import optimizer as module
+from abyssal.train.alone import Alone
+from abyssal.train.config import TrainConfig
+from abyssal.train.optimizer import Optimizer
 
 BETAS, EPS, LR, DECAY = (0.9, 0.95), 1e-8, 3e-3, 0.1
 PARTS = 3
@@ -125,3 +130,57 @@ def test_a_backward_pass_through_what_a_step_overwrote_is_refused() -> None:
     both.one.step([torch.ones(4).bfloat16()], LR, BETAS, EPS, torch.tensor(1.0), torch.tensor(0.0))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+OVERRIDES = {"vocab_size": 64, "num_hidden_layers": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+
+
+def build(accumulate: int) -> tuple[Transformer, Optimizer]:
+    settings = {"model": "tiny", "model_overrides": OVERRIDES, "out": "run", "steps": 8, "accumulate": accumulate}
+    config = TrainConfig.of(settings)
+    model = Transformer(config.model_settings()).init_weights(torch.Generator().manual_seed(0))
+    return model, Optimizer(Alone(model, config, torch.device("cpu"), torch.bfloat16).parameters(), config)
+
+
+def step(model: Transformer, optimizer: Optimizer, seed: int, accumulate: int = 1) -> Tensor:
+    """The norm before clipping. Of the last microbatch the first parameter has no gradient."""
+    for micro in range(accumulate):
+        g = torch.Generator().manual_seed(100 * seed + micro)
+        for i, p in enumerate(model.parameters()):
+            if i or micro or accumulate == 1:
+                (p * torch.randn(p.shape, generator=g).bfloat16()).sum().backward()
+        optimizer.collect()
+    norm = optimizer.squares().sum().sqrt()
+    optimizer.update(1e-3, norm, torch.zeros(()))
+    return norm
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_optimizer_steps_as_with_torchs(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = build(accumulate)
+    monkeypatch.setattr(module, "fits", lambda params, masters: True)
+    ours = build(accumulate)
+    for seed in range(3):
+        norms = [step(*run, seed, accumulate) for run in (ours, theirs)]
+        torch.testing.assert_close(*norms, rtol=1e-5, atol=0.0)
+        assert ours[1].gradients() == [] and all(p.grad is None for p in ours[0].parameters())
+    states = [optimizer.state() for _, optimizer in (ours, theirs)]
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        torch.testing.assert_close(value, states[1][key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_state_of_torchs_goes_on_in_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, theirs = build(1)
+    step(model, theirs, 0)
+    monkeypatch.setattr(module, "fits", lambda params, masters: True)
+    other, ours = build(1)
+    step(other, ours, 7)
+    ours.load_state(theirs.state())
+    assert all(torch.equal(value, theirs.state()[key]) for key, value in ours.state().items())
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), model.parameters(), strict=True))
+    step(model, theirs, 1)
+    step(other, ours, 1)
+    assert ours.state()["step/norm.weight"] == 2.0
+    for key, value in ours.state().items():
+        torch.testing.assert_close(value, theirs.state()[key], rtol=1e-4, atol=1e-6, msg=key)
