@@ -94,7 +94,7 @@ def _walk(
     found.numbers = sum(k.master.numel() for k in kept)
     scales = LossScales(config.mtp_weight, config.sequence_balance, config.auxiliary_balance)
     memory = MemTracker()
-    memory.track_external(model, *optimizer.masters)
+    memory.track_external(model, *optimizer.kept())
     if isinstance(spread, Spread) and spread.pipeline is not None:
         order: Order | None = _stages(found, spread, micro, scales, optimizer, balance, memory, work)
     else:

@@ -67,6 +67,10 @@ class Gradients:
         if any(g is not None and g.dtype == wide for g, wide in zip(self.found, self._dtypes)):
             self.found = [None if g is None else self._widened(i, g) for i, g in enumerate(self.found)]
 
+    def kept(self) -> list[Tensor]:
+        """The buffers that there are."""
+        return [buffer for buffer in self._buffers if buffer is not None]
+
     def drop(self) -> None:
         """Forgets them; buffers of several microbatches' sums stay."""
         if not self.several:

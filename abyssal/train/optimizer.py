@@ -85,6 +85,12 @@ class Optimizer:
             if i not in narrow and param.grad is not None and hasattr(param.grad, "to_local"):
                 master.grad = param.grad.to_local()
 
+    def kept(self) -> list[Tensor]:
+        """Everything made for the parameters so far, gradients of the step at hand apart: masters, moments, and sums
+        that are kept from step to step."""
+        moments = (t for o in self.optimizers for state in o.state.values() for t in state.values())
+        return [*self.masters, *moments, *self._taken.kept()]
+
     def gradients(self) -> list[tuple[str, Tensor]]:
         """The step's gradients by the parameters' names, in the model's order."""
         found = [p.grad for p in self.masters] if self._pass is None else self._taken.found
