@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from abyssal.ops.device import capability
+from abyssal.ops.device import capability, on_cpu
 
 
 def attention(
@@ -43,7 +43,7 @@ def attention(
     """
     if path is None:
         narrow = q_nope.dtype in (torch.bfloat16, torch.float16)
-        path = "sdpa" if q_nope.device.type == "cpu" else "varlen" if narrow else "reference"
+        path = "sdpa" if on_cpu(q_nope) else "varlen" if narrow else "reference"
         if path == "varlen" and on_hopper(q_nope, q_rope, k_nope, k_rope, v, cu_q, cu_k, max_q, max_k):
             path = "hopper"
     if path == "reference" or 0 in (q_nope.shape[0], v.shape[0]):
