@@ -75,6 +75,9 @@ def train(
     mesh: Annotated[
         str | None, typer.Option(help="Ranks by axis: dp=2,ep=2 of pp, dp, ep, cp and tp; under torchrun.")
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Profile a few early steps: a Chrome trace and a table in OUT/profile.")
+    ] = False,
 ) -> None:
     """Train a model, with progress, states to resume from, metrics and a picture at the end.
 
@@ -86,6 +89,7 @@ def train(
     from abyssal.train import train as run_training
 
     named = [] if mesh is None else [f"mesh={json.dumps(mesh)}"]
+    named += ["profile=true"] if profile else []
     result = run_training(TrainConfig.read(run, [*(settings or ()), *named]), resume=resume)
     leave()
     if result.interrupted is not None:

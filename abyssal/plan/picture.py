@@ -21,7 +21,7 @@ def draw(plan: Plan, path: Path) -> None:
         axes.bar(names, sizes, 0.6, bottom=bottom, label=kind)
         bottom = [b + s for b, s in zip(bottom, sizes)]
     for i, w in enumerate(plan.walks):
-        axes.hlines(w.peak / GIB, i - 0.38, i + 0.38, colors="black", label=None if i else "peak")
+        axes.hlines(w.peak / GIB, i - 0.38, i + 0.38, colors="black", label="" if i else "peak")
         axes.annotate(f"{w.peak / GIB:.1f}", (i + 0.4, w.peak / GIB), ha="left", va="center")
     axes.set_ylabel("GiB of a rank")
     axes.set_title(f"{plan.model} on {plan.gpus:,} GPUs: {plan.mesh}", fontsize=10)

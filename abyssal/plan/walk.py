@@ -117,7 +117,8 @@ def _walk(
     found.memory = {
         "parameters, float32": sum(m.numel() * 4 for m in optimizer.masters),
         "parameters, bf16": 0 if mesh else found.numbers * 2,
-        "gradients": sum(m.numel() * 4 for m in optimizer.masters),
+        # One microbatch's, on one GPU, are read as they are made; sums are float32.
+        "gradients": found.numbers * (2 if mesh is None and config.accumulate == 1 else 4),
         "moments": sum(t.numel() * t.element_size() for k, t in optimizer.state().items() if k.startswith("exp_avg")),
         "activations": found.activations * found.waiting,
     }

@@ -108,6 +108,8 @@ def kind_of(operation: Any, args: tuple[Any, ...], ranks: Mapping[int, int]) -> 
         return "experts"
     if name in ("mm", "addmm", "bmm", "_scaled_mm") or (space == "abyssal" and "linear" in name):
         inner, outer = args[2 if name == "addmm" else 1].shape[-2:]
+        if space == "abyssal":  # weights as they are stored, `[out, in]`
+            inner, outer = outer, inner
         head = ranks.get(inner)
         return "up" if head is not None and outer > inner and outer % head == 0 else "products"
     return None

@@ -7,14 +7,24 @@ from typing import Any
 import torch
 from torch import nn
 
+from abyssal.config import ConfigError
 from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
+from abyssal.train.fp8 import apply_fp8
 from abyssal.train.recompute import parse, recomputing
 
 
 def wrap_blocks(model: Transformer, config: TrainConfig) -> None:
-    """Lets each block run as the configuration says: compiled, and forgetting what is to be recomputed."""
+    """Lets each block run as the configuration says: in FP8, compiled, and forgetting what is to be recomputed.
+
+    Raises ConfigError if no map of the model is large enough for FP8 to pay.
+    """
     operations = parse(config.recompute)
+    if config.fp8:
+        try:
+            apply_fp8(model)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
     for block in _blocks(model):
         forward: Any = block.forward
         if config.compile:

@@ -37,7 +37,8 @@ def test_memory_of_one_gpu_adds_up(alone):
     (walk,) = alone.walks
     config = ModelConfig.load("reference-961m").replace(num_hidden_layers=3)
     assert walk.numbers == inspect(config).parameters.total - 2 * 32  # router biases are buffers
-    assert walk.memory["parameters, float32"] == walk.memory["gradients"] == 4 * walk.numbers
+    assert walk.memory["parameters, float32"] == 4 * walk.numbers
+    assert walk.memory["gradients"] == walk.memory["parameters, bf16"] == 2 * walk.numbers
     assert walk.memory["moments"] == 8 * walk.numbers
     assert walk.peak >= 14 * walk.numbers + walk.activations
 
@@ -92,7 +93,7 @@ def test_a_group_s_links():
 def test_recomputing_holds_less_and_works_more(alone):
     (walk,) = plan(settings_of("reference-961m", [*SMALL, "recompute=block"], 1, None)).walks
     assert walk.activations < 0.8 * alone.walks[0].activations
-    assert sum(walk.flops.values()) > 1.2 * sum(alone.walks[0].flops.values())
+    assert sum(walk.flops.values()) > 1.15 * sum(alone.walks[0].flops.values())
 
 
 def test_wrong_meshes_are_refused_with_the_nearest():

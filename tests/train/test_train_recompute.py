@@ -77,3 +77,22 @@ def test_names(text, named):
 def test_unknown_operations_are_refused(make_config):
     with pytest.raises(ConfigError, match="recompute: unknown operation 'norms'; expected 'none', 'block', or some of"):
         make_config(recompute="norms")
+
+
+def test_stored_weights_are_read_the_other_way_round():
+    """What `linear` operators of ours take is `[out, in]`, what mm takes is `[in, out]`."""
+    from abyssal.train.recompute import kind_of
+
+    class Named:
+        def __init__(self, name):
+            self._name = name
+
+        def name(self):
+            return self._name
+
+    x, ranks = torch.empty(3, 16), {16: 32}
+    assert kind_of(Named("aten::mm"), (x, torch.empty(16, 64)), ranks) == "up"
+    assert kind_of(Named("abyssal::fp8_train_linear"), (x, torch.empty(64, 16)), ranks) == "up"
+    assert kind_of(Named("abyssal::fp8_train_linear"), (x, torch.empty(16, 64)), ranks) == "products"
+    assert kind_of(Named("abyssal::grouped_experts"), (x,), ranks) == "experts"
+    assert kind_of(Named("aten::add"), (x, x), ranks) is None

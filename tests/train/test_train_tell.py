@@ -42,7 +42,7 @@ def test_a_profile_has_a_trace_and_a_table(make_config, quiet):
     config = make_config(steps=8, profile=True)
     train(config, console=quiet)
     folder = config.out / "profile"
-    events = json.loads(gzip.open(folder / "trace-0.json.gz").read())["traceEvents"]
+    events = json.loads(gzip.decompress((folder / "trace-0.json.gz").read_bytes()))["traceEvents"]
     assert any("aten::mm" in event.get("name", "") for event in events)
     assert "aten::mm" in (folder / "table-0.txt").read_text()
 
