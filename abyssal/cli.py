@@ -13,6 +13,7 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from abyssal.engine import LLM, Piece, Totals
+    from abyssal.train import TrainConfig
 
 app = typer.Typer(
     help="DeepSeek-V3, whole: inspect, train, generate, chat, serve.",
@@ -90,10 +91,33 @@ def train(
 
     named = [] if mesh is None else [f"mesh={json.dumps(mesh)}"]
     named += ["profile=true"] if profile else []
-    result = run_training(TrainConfig.read(run, [*(settings or ()), *named]), resume=resume)
+    config = TrainConfig.read(run, [*(settings or ()), *named])
+    _tell_memory(config)
+    result = run_training(config, resume=resume)
     leave()
     if result.interrupted is not None:
         raise typer.Exit(128 + result.interrupted)
+
+
+def _tell_memory(config: "TrainConfig") -> None:
+    """Says what a GPU will hold, before anything is built on it."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() and (config.device or "cuda").startswith("cuda")
+    if not on_gpu or os.environ.get("RANK", "0") != "0":  # of several processes, the first
+        return
+    from abyssal.plan import plan as make_plan
+    from abyssal.plan.report import memory_line
+
+    console = Console()
+    try:
+        with console.status("planning memory"):
+            made = make_plan(config, [0])
+    except Exception as error:  # a plan is a help; what is wrong with the run itself is told by the run
+        console.print(f"no plan of the memory: {error}", highlight=False, soft_wrap=True)
+        return
+    capacity = torch.cuda.get_device_properties(0).total_memory
+    console.print(memory_line(made, capacity), highlight=False, soft_wrap=True)
 
 
 @app.command()

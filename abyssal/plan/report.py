@@ -81,6 +81,14 @@ def plan(config: TrainConfig, stages: list[int] | None = None, say: Callable[[st
     )  # fmt: skip
 
 
+def memory_line(made: Plan, capacity: int) -> str:
+    """What the fullest of the walked ranks will hold, in words, of a GPU with `capacity` bytes."""
+    w = max(made.walks, key=lambda w: w.peak)
+    parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in w.memory.items() if size)
+    line = f"memory of a GPU, GiB: {parts}; peak {w.peak / GIB:.1f} of {capacity / GIB:.1f}"
+    return line if w.peak <= capacity else f"{line}, more than there is; recompute=OPERATIONS or a mesh holds less"
+
+
 def measured_rates() -> dict[str, Any]:
     """What an H100 reaches, operation by operation, and where each figure is from."""
     text = resources.files("abyssal").joinpath("plan", "h100.json").read_text("utf-8")

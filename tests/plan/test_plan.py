@@ -11,6 +11,7 @@ from abyssal.config import ConfigError, ModelConfig
 from abyssal.costs import inspect
 from abyssal.plan import plan
 from abyssal.plan.order import _one_stage, play
+from abyssal.plan.report import memory_line
 from abyssal.plan.setup import settings_of
 from abyssal.plan.work import links
 
@@ -37,8 +38,8 @@ def test_memory_of_one_gpu_adds_up(alone):
     (walk,) = alone.walks
     config = ModelConfig.load("reference-961m").replace(num_hidden_layers=3)
     assert walk.numbers == inspect(config).parameters.total - 2 * 32  # router biases are buffers
-    assert walk.memory["parameters, float32"] == 4 * walk.numbers
-    assert walk.memory["gradients"] == walk.memory["parameters, bf16"] == 2 * walk.numbers
+    assert walk.memory["parameters, float32"] == walk.memory["gradients"] == 4 * walk.numbers
+    assert walk.memory["parameters, bf16"] == 2 * walk.numbers
     assert walk.memory["moments"] == 8 * walk.numbers
     assert walk.peak >= 14 * walk.numbers + walk.activations
 
@@ -101,6 +102,14 @@ def test_wrong_meshes_are_refused_with_the_nearest():
         settings_of("reference-961m", ["accumulate=12"], 3, "ep=3")
     with pytest.raises(ConfigError, match="mesh dp=2: 2 ranks, and --gpus is 4"):
         settings_of("reference-961m", [], 4, "dp=2")
+
+
+def test_a_run_on_a_gpu_is_told_what_it_will_hold(alone):
+    text = memory_line(alone, 80 * 2**30)
+    assert text.startswith("memory of a GPU, GiB: parameters, float32 0.7") and "of 80.0" in text
+    assert f"peak {alone.walks[0].peak / 2**30:.1f}" in text
+    assert "recompute" not in text
+    assert "more than there is; recompute=" in memory_line(alone, 2**30)
 
 
 def test_the_command(tmp_path):
