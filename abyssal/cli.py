@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,17 +10,19 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from abyssal.bench.verbs import bench
+from abyssal.files import model_folder
+
 if TYPE_CHECKING:
     from abyssal.engine import LLM, Piece, Totals
     from abyssal.train import TrainConfig
 
 app = typer.Typer(
-    help="DeepSeek-V3, whole: inspect, train, generate, chat, serve.",
+    help="DeepSeek-V3, whole: inspect, train, plan, export, generate, chat, serve.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bench = typer.Typer(help="Time what abyssal is made of, beside its peers.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, a run's folder, or a hub id.", metavar="MODEL")]
@@ -52,7 +53,7 @@ def inspect(
     from abyssal.config import ModelConfig
     from abyssal.costs import inspect
 
-    costs = inspect(ModelConfig.load(_model_folder(model)), context)
+    costs = inspect(ModelConfig.load(model_folder(model)), context)
     if as_json:
         print(json.dumps(costs.to_dict(), indent=2))
     else:
@@ -299,7 +300,7 @@ def serve(
     from abyssal.serve.limits import Limits
 
     settings = EngineSettings(
-        model=_model_folder(model),
+        model=model_folder(model),
         device=device,
         dtype=_one_of("dtype", dtype, "float32", "bfloat16", "float64"),
         cache_dtype=_one_of("cache-dtype", cache_dtype, "float32", "bfloat16", "fp8"),
@@ -317,100 +318,6 @@ def serve(
     if code:  # at once: a supervisor waits to start another, and tearing an interpreter down takes its time
         sys.stderr.flush()
         os._exit(code)
-
-
-@bench.command("ops")
-def bench_operations(
-    only: Annotated[str | None, typer.Option(help="Some of the operations, with commas: decode,loss ...")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the roofline into this PNG.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="A few shapes of each, timed briefly.")] = False,
-) -> None:
-    """Time every operation beside the peers that are installed; 1 if one of ours fails."""
-    from abyssal.bench import bench_ops
-
-    names = [name for name in (only or "").split(",") if name]
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # cut short, it prints what it has
-    try:
-        report = bench_ops(names, device, quick, json_file, picture)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if report.failed:
-        raise typer.Exit(1)
-
-
-@bench.command("engine")
-def bench_whole_engine(
-    model: Annotated[
-        str | None, typer.Argument(help="A preset or a folder. [default: deepseek-v2-lite on a GPU, tiny elsewhere]")
-    ] = None,
-    folder: Annotated[Path | None, typer.Option(help="Where the random weights are saved, or lie already.")] = None,
-    only: Annotated[str | None, typer.Option(help="Only loads with this in their names.")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences decoded at once.")] = 256,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw the rates into this PNG.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
-    startup: Annotated[bool, typer.Option(help="Time a start from the saved checkpoint; needs --folder.")] = True,
-    peer: Annotated[bool, typer.Option(help="Time transformers, too.")] = True,
-) -> None:
-    """Time the engine on a model's shape: decoding, prompts, crowds of requests; beside transformers."""
-    import torch
-
-    from abyssal.bench.engine import bench_engine
-
-    gpu = (device or "cuda").startswith("cuda") and torch.cuda.is_available()
-    name = model or ("deepseek-v2-lite" if gpu else "tiny")
-    bench_engine(name, device, folder, batch, only, startup, peer, json_file, picture)
-
-
-@bench.command("train")
-def bench_training(
-    model: Annotated[
-        str | None, typer.Argument(help="A preset or a folder. [default: reference-961m on a GPU, tiny elsewhere]")
-    ] = None,
-    batch: Annotated[int | None, typer.Option(help="Sequences of a microbatch. [default: 16, or 4 on a CPU]")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Tokens of one. [default: 2048, or 128 on a CPU]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps timed. [default: 20, or 10 on a CPU]", min=1)] = None,
-    only: Annotated[str | None, typer.Option(help="Only rows with one of these in their names, with commas.")] = None,
-    peer: Annotated[bool, typer.Option(help="Time transformers and torchtitan, too.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="One row of ours, one of transformers.")] = False,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="KEY=VALUE of a run's settings, for all of our rows.")
-    ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
-    picture: Annotated[Path | None, typer.Option(help="Draw rates and memory into this PNG.")] = None,
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. [default: cuda where there is one]")] = None,
-) -> None:
-    """Time steps of training beside transformers and torchtitan at the same shape; 1 if one of ours fails."""
-    from abyssal.bench.train import bench_train
-
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # cut short, it prints what it has
-    try:
-        report = bench_train(
-            model, device, batch, sequence, steps, only, peer, quick, tuple(settings or ()), json_file, picture
-        )
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if any(row.failure for row in report.rows if row.who == "abyssal"):
-        raise typer.Exit(1)
-
-
-@bench.command("speculation")
-def bench_drafts(
-    model: Model,
-    device: Device = "cpu",
-    batch: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1",
-    drafts: Annotated[str, typer.Option(help="Tokens to draft a step, with commas.")] = "1,2",
-    tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 256,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the decoding step.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")] = None,
-) -> None:
-    """Time decoding with and without drafts of the MTP modules, on a trained model."""
-    from abyssal.bench.speculation import bench_speculation
-
-    sizes, counts = ([int(n) for n in text.split(",")] for text in (batch, drafts))
-    bench_speculation(Path(_model_folder(model)), device, sizes, counts, tokens, compiled, json_file)
 
 
 def _ask(mark: str) -> str:
@@ -442,12 +349,6 @@ def _one_of(name: str, value: str | None, *allowed: str) -> Any:
     return value
 
 
-def _model_folder(model: str) -> str:
-    """A run's folder stands for the model in it."""
-    inner = Path(model) / "model"
-    return str(inner) if (inner / "config.json").is_file() else model
-
-
 def _llm(
     model: str,
     dtype: str | None,
@@ -464,7 +365,7 @@ def _llm(
 
     if dtype not in (None, "float32", "bfloat16", "float64"):
         raise ValueError(f"dtype: expected float32, bfloat16 or float64, got {dtype!r}")
-    folder = _model_folder(model)
+    folder = model_folder(model)
     with Console(stderr=True, quiet=quiet).status(f"loading {folder}"):
         return LLM(
             folder,

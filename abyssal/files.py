@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not at all."""
+"""Files that are on the disk whole, or not at all; where a model's files are."""
 
 import os
 from pathlib import Path
@@ -11,3 +11,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def model_folder(model: str) -> str:
+    """The folder that a model is read from: a run's folder stands for the model in it."""
+    inner = Path(model) / "model"
+    return str(inner) if (inner / "config.json").is_file() else model
