@@ -11,9 +11,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from abyssal import cli
-from abyssal.bench import bench_ops, cases_attention, cases_decode, cases_experts, run
+from abyssal.bench import cases_attention, cases_decode, cases_experts, run
 from abyssal.bench.case import Calls, Case, NotInstalled, Prepared, relative_error, run_case
 from abyssal.bench.measure import Ceilings, Clock, rotations
+from abyssal.bench.run import bench_ops
 from abyssal.bench.table import duration, notes
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ def bench_operations(
     quick: Annotated[bool, typer.Option("--quick", help="A few shapes of each, timed briefly.")] = False,
 ) -> None:
     """Time every operation beside the peers that are installed; 1 if one of ours fails."""
-    from abyssal.bench import bench_ops
+    from abyssal.bench.run import bench_ops
 
     names = [name for name in (only or "").split(",") if name]
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # cut short, it prints what it has
