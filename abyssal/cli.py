@@ -407,17 +407,23 @@ def _costs(totals: "Totals") -> Table:
     return table
 
 
+def _diverged(error: Exception) -> bool:
+    """Whether a run met a number that is not finite. Only then has its room, and PyTorch, been imported."""
+    room = sys.modules.get("abyssal.train.diagnose")
+    return room is not None and isinstance(error, room.NotFinite)
+
+
 def main() -> None:
     """The command line. An error that names its cause is one line and exit code 2; others are tracebacks."""
     from abyssal.config import ConfigError
-    from abyssal.train.diagnose import NotFinite
 
     try:
         app()
-    except (ValueError, TypeError, FileNotFoundError, FileExistsError, NotFinite) as error:
-        if os.environ.get("ABYSSAL_TRACEBACK"):
+    except (ValueError, TypeError, FileNotFoundError, FileExistsError, ArithmeticError) as error:
+        diverged = _diverged(error)
+        if os.environ.get("ABYSSAL_TRACEBACK") or (isinstance(error, ArithmeticError) and not diverged):
             raise
-        if isinstance(error, ConfigError | FileExistsError | NotFinite) and os.environ.get("RANK", "0") != "0":
+        if (diverged or isinstance(error, ConfigError | FileExistsError)) and os.environ.get("RANK", "0") != "0":
             sys.exit(2)  # what every rank found is told once
         Console(stderr=True).print(f"abyssal: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)
