@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 SETTINGS = [
-    "steps=12", "warmup_steps=0", "batch_tokens=256", "sequence=64", "accumulate=2", "lr=0.003", "log_every=1", "validate_every=12",
+    "steps=12", "warmup_steps=0", "batch_tokens=256", "sequence=64", "accumulate=2", "lr=0.003", "log_every=1",
+    "validate_every=12",
     "validation_tokens=512", "save_every=3", "keep_states=9", "device=cuda", "model.vocab_size=320",
 ]  # fmt: skip
 
