@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self, cast
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from abyssal.config import ConfigError, ModelConfig
+from abyssal.train.recompute import OPERATIONS
 from abyssal.train.recompute import parse as parse_operations
 
 SAVED = "train.json"  # the configuration in the run's folder
@@ -69,7 +70,7 @@ class TrainConfig(BaseModel):
     device: str | None = None  # None: "cuda" if there is one, else "cpu"
     dtype: Literal["float32", "bfloat16", "float64"] | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     recompute: str = "none"  # "none", "block", or operations: "up,attention" (see abyssal.train.recompute)
-    compile: bool = False
+    compile: bool = False  # blocks, by torch.compile; recompute is then "none" or "block"
     fp8: bool = False  # products of the large dense maps, forward and backward, in FP8 (see abyssal.train.fp8)
 
     # Over how many devices, under torchrun, and how: none of it alters the curve but in its last bits.
@@ -118,7 +119,12 @@ class TrainConfig(BaseModel):
                 f"{where}: warmup_steps: {config.warmup_steps} and a decay over {config.decay_fraction:g} of "
                 f"{config.steps} steps do not fit into the run"
             )
-        parse_operations(config.recompute)
+        operations = parse_operations(config.recompute)
+        if config.compile and operations and operations != frozenset(OPERATIONS):
+            raise ConfigError(
+                f"{where}: recompute: {config.recompute!r} looks at every operation of a block, and what is compiled "
+                "has none to be seen; with compile, expected 'none' or 'block'"
+            )
         for key in config.model_overrides:
             _known(key, [f.name for f in dataclasses.fields(ModelConfig) if f.name != "source"], where, "model.")
         return config

@@ -50,6 +50,8 @@ def test_round_trip():
         ({"optimizer": "sgd"}, "optimizer: .*'adamw' or 'muon', got 'sgd'"),
         ({"decay": "step"}, "decay: .*'cosine', 'linear' or 'sqrt'"),
         ({"warmup_steps": 80}, "warmup_steps: 80 and a decay over 0.3 of 100 steps do not fit"),
+        ({"recompute": "norms"}, "recompute: unknown operation 'norms'"),
+        ({"compile": True, "recompute": "up"}, "recompute: 'up' .*with compile, expected 'none' or 'block'"),
         ({"model_overrides": {"hidden_siz": 3}}, "unknown key 'model.hidden_siz'; did you mean 'model.hidden_size'"),
     ],
 )  # fmt: skip
