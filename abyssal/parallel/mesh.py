@@ -21,6 +21,10 @@ from abyssal.parallel.accord import fresh
 AXES = ("pp", "dp", "ep", "cp", "tp")
 STAGE = ("dp", "ep", "cp", "tp")  # the ranks of one pipeline stage
 DATA = ("dp", "ep")  # the ranks that read different batches
+PIECES = ("cp", "tp")  # the ranks that have different tokens of the same batch
+# What ranks do something together. All of them must make each group at the same point, but for instance a stage without
+# experts has no use for the group of those that hold the same experts; so all are made at the beginning.
+TOGETHER = (AXES, STAGE, DATA, PIECES, ("dp", "cp", "tp"), ("dp", "ep", "cp"))
 PATIENCE = timedelta(minutes=10)  # with a rank that doesn't come to a collective
 
 
@@ -86,6 +90,8 @@ class Mesh:
         self.whole = init_device_mesh(device_type, shape.sizes, mesh_dim_names=AXES)
         self._parts: dict[tuple[str, ...], DeviceMesh] = {}
         self._drawn: dict[tuple[str, str], DeviceMesh] = {}
+        for axes in TOGETHER:
+            self.over(*axes)
 
     def over(self, *axes: str) -> DeviceMesh:
         """The one-dimensional mesh of the ranks that differ from this one on these axes alone, in AXES' order."""

@@ -14,7 +14,7 @@ from abyssal.model.transformer import Transformer
 from abyssal.parallel.context import spread_context
 from abyssal.parallel.cut import cut, padded
 from abyssal.parallel.experts import spread_experts
-from abyssal.parallel.mesh import DATA, STAGE, Mesh
+from abyssal.parallel.mesh import AXES, DATA, PIECES, STAGE, Mesh
 from abyssal.parallel.pipeline import Pipeline
 from abyssal.parallel.shard import Split, Splits, drop_gathered, shard
 from abyssal.parallel.tensor import spread_tensor
@@ -64,7 +64,6 @@ class Spread:
             self.splits |= spread_experts(model, mesh)
         if mesh.shape.tp > 1:
             self.splits |= spread_tensor(model, mesh)  # around what context parallel made of attention
-        mesh.group("cp", "tp")  # made now: all ranks must take part, and stages come to `_whole` at other times
         wrap(model)
         if self.pipeline is not None:
             for stage in self.pipeline.build(self._whole):
@@ -111,27 +110,27 @@ class Spread:
                 parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
             sums = torch.stack(parts).sum(0)
         collect()
-        dist.all_reduce(sums, group=self.mesh.group("pp", *STAGE))
+        dist.all_reduce(sums, group=self.mesh.group(*AXES))
         return sums
 
     def measure(self, micro: Microbatch) -> Measured:
         """Of a batch that every rank has, on the CPU; the same on every rank."""
-        whole = padded(micro, self.mesh.size("cp", "tp"))
+        whole = padded(micro, self.mesh.size(*PIECES))
         local = cut(whole, self.mesh).to(self.device)
         if self.pipeline is not None:
             found = self.pipeline.measure(local)
         else:
             found = self.objective.measure(local)
             drop_gathered(self.objective)
-        if self.mesh.size("cp", "tp") > 1:
+        if self.mesh.size(*PIECES) > 1:
             for sums in found:
-                dist.all_reduce(sums, group=self.mesh.group("cp", "tp"))
+                dist.all_reduce(sums, group=self.mesh.group(*PIECES))
         return found
 
     def norms(self, squares: Tensor) -> Tensor:
         """The norms by part and over all, `[parts + 1]`, from this rank's sums of squares by part: every number has one
         owner."""
-        dist.all_reduce(squares, group=self.mesh.group("pp", *STAGE))
+        dist.all_reduce(squares, group=self.mesh.group(*AXES))
         return torch.cat((squares, squares.sum()[None])).sqrt()
 
     def add_up(self, counts: Tensor) -> None:
@@ -149,13 +148,14 @@ class Spread:
 
     def _everywhere(self, sums: Tensor) -> Tensor:
         """Adds a step's totals up over the readers."""
-        sums = sums.to(self.device, non_blocking=True)
+        # From memory that is not pinned a copy would first wait for all that the GPU has yet to do.
+        sums = (sums.pin_memory() if self.device.type == "cuda" else sums).to(self.device, non_blocking=True)
         dist.all_reduce(sums, group=self.mesh.group(*DATA))
         return sums.to(self.wide)
 
     def _whole(self, counts: Tensor) -> Tensor:
         """Sums what balance losses count over the pieces of the same sequences."""
-        if self.mesh.size("cp", "tp") > 1:
+        if self.mesh.size(*PIECES) > 1:
             counts = counts.clone()
-            dist.all_reduce(counts, group=self.mesh.group("cp", "tp"))
+            dist.all_reduce(counts, group=self.mesh.group(*PIECES))
         return counts

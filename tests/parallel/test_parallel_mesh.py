@@ -7,15 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import settings as trying
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from steps import settings
+from torch.distributed import device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from typer.testing import CliRunner
 
 from abyssal.cli import app
 from abyssal.config import ConfigError, ModelConfig
+from abyssal.model.transformer import Transformer
+from abyssal.parallel import Mesh, Spread
 from abyssal.parallel.check import check_mesh, nearest, shapes, why_not
 from abyssal.parallel.mesh import MeshShape
 from abyssal.train import TrainConfig, train
@@ -170,3 +175,34 @@ def test_the_nearest_is_right_and_a_right_one_is_its_own_nearest(
                 assert sum(a != b for a, b in zip(other.sizes, shape.sizes)) >= changed
     if why_not(shape, world, config, model) is None:
         assert near == shape
+
+
+def groups_made(shape: MeshShape, rank: int, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The ranks of every process group that a rank asks for, in order."""
+    made: list[tuple[int, ...]] = []
+    new_group = dist.new_group
+
+    def told(ranks: list[int], **others: Any) -> Any:
+        made.append(tuple(ranks))
+        return new_group(ranks, **others)
+
+    dist.init_process_group("fake", rank=rank, world_size=shape.ranks, store=FakeStore())
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(device_mesh, "new_group", told)
+            model = run(str(shape))[1]
+            mesh = Mesh(shape, "cpu")
+            spread = Spread(Transformer(model).init_weights(), mesh, torch.device("cpu"), torch.float32, accumulate=16)
+            spread.norms(torch.ones(1))
+            spread.add_up(torch.ones(1))
+    finally:
+        dist.destroy_process_group()
+    return made
+
+
+@pytest.mark.parametrize("mesh", ["pp=4,dp=2,ep=2,tp=2", "pp=2,dp=2,ep=2,cp=2"])
+def test_every_rank_makes_the_same_groups_in_the_same_order(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks must take part in making a group. The first stage has the dense layer, and may have no experts."""
+    shape = MeshShape.parse(mesh)
+    first = groups_made(shape, 0, monkeypatch)
+    assert all(groups_made(shape, r, monkeypatch) == first for r in (1, shape.ranks // 2, shape.ranks - 1))
