@@ -131,7 +131,8 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
         trainer.token_set, config.validation_tokens, config.batch_tokens, config.sequence, len(trainer.model.mtp)
     )
     teller = Teller(trainer, config.out / METRICS, console) if accord.first else None
-    saved = trainer.done  # the step of the latest state, which may be on its way
+    # The step of the latest state, which may be on its way: the folder would tell some ranks of it and others not yet.
+    saved = trainer.done or None
 
     def save() -> None:
         nonlocal saved
@@ -163,7 +164,7 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
                 wish = accord.stop(stop.received)
             if trainer.done < config.steps:
                 trainer.check()
-                if saved != trainer.done or newest_state(states) is None:
+                if saved != trainer.done:
                     save()
             trainer.saved()
             return wish if trainer.done < config.steps else None

@@ -16,12 +16,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import on_ranks
 from rich.console import Console
 from steps import settings
 
 import abyssal
-from abyssal.train import read_metrics, train
+from abyssal.train import loop, read_metrics, train
 from abyssal.train.state import newest_state
+from abyssal.train.trainer import Trainer
 
 CURVE = ("loss", "main_loss", "balance_loss", "lr")
 
@@ -125,6 +128,37 @@ def test_sigterm_to_one_rank_stops_all_at_the_same_step(tokens: Path, tmp_path: 
     assert newest_state(out / "state") == out / "state" / f"step-{done:08d}"
     again = f"torchrun --nproc-per-node 2 -m abyssal train {out} --resume"
     assert f"stopped by SIGTERM after step {done} of 4000; go on with: {again}" in log.read_text()
+
+
+def stopped_while_saving(tokens: Path, out: Path) -> tuple[int, list[str]]:
+    """The steps of a run that is told to stop in the step before its first state, and the states that it saved. The
+    first rank is slow to look into the folder."""
+    step, save, saved = Trainer.step, Trainer.save, []
+
+    def slow(states: Path) -> Path | None:
+        time.sleep(2.0 * saved.count("step-00000002") * (dist.get_rank() == 0))
+        return newest_state(states)
+
+    def told_step(trainer: Trainer, microbatches: Any) -> Any:
+        if trainer.done == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, microbatches)
+
+    def told_save(trainer: Trainer, folder: Path, *others: Any) -> None:
+        saved.append(folder.name)
+        save(trainer, folder, *others)
+
+    loop.newest_state, Trainer.step, Trainer.save = slow, told_step, told_save  # type: ignore[method-assign]
+    quiet = Console(file=io.StringIO())
+    result = train(settings(tokens, out, "dp=2", {}, save_every=2, validation_tokens=256), console=quiet)
+    return result.steps, saved
+
+
+@pytest.mark.slow
+def test_all_ranks_know_whether_the_last_step_is_saved_already(tokens: Path, tmp_path: Path) -> None:
+    """Where each looks for the state, which another thread is just giving its name, one may save it alone: and wait."""
+    for found in on_ranks(2, stopped_while_saving, tokens, tmp_path / "run"):
+        assert found == (2, ["step-00000002"])
 
 
 @pytest.mark.slow
