@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
+import torch
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from abyssal.config import ModelConfig
+from abyssal.config import ConfigError
 from abyssal.costs import inspect
+from abyssal.model.transformer import Transformer
 from abyssal.parallel import MeshShape
 from abyssal.plan.order import Order
 from abyssal.plan.walk import Walk, walk
@@ -54,8 +56,10 @@ class Plan:
 def plan(config: TrainConfig, stages: list[int] | None = None, say: Callable[[str], None] = lambda text: None) -> Plan:
     """Walks the first rank of the pipeline's `stages` (None: the first, the middle and the last).
 
-    Raises ConfigError or ValueError as a run with this configuration would.
+    Raises ConfigError or ValueError as a run with this configuration would, and ConfigError for one not in bfloat16.
     """
+    if config.dtype not in (None, "bfloat16"):
+        raise ConfigError(f"dtype: a plan is of a run in bfloat16, got {config.dtype}")
     model = config.model_settings()
     shape = MeshShape.parse(config.mesh)
     chosen = sorted({0, shape.pp // 2, shape.pp - 1}) if stages is None else stages
@@ -75,7 +79,8 @@ def plan(config: TrainConfig, stages: list[int] | None = None, say: Callable[[st
     flops = inspect(model, config.sequence).flops
     useful = (flops.training + flops.training_mtp) * tokens
     mfu = {how: useful / (s * shape.ranks * rates["peak"]["rate"]) for how, s in seconds.items()}
-    numbers = _parameters(model)
+    with torch.device("meta"):
+        numbers = sum(p.numel() for p in Transformer(model).parameters())
     return Plan(
         config.model, str(shape), shape.ranks, microbatches, tokens, numbers, walks, order, seconds, mfu, rates
     )  # fmt: skip
@@ -94,11 +99,6 @@ def measured_rates() -> dict[str, Any]:
     text = resources.files("abyssal").joinpath("plan", "h100.json").read_text("utf-8")
     rates: dict[str, Any] = json.loads(text)
     return rates
-
-
-def _parameters(model: ModelConfig) -> int:
-    parameters = inspect(model).parameters
-    return parameters.total + parameters.mtp
 
 
 def _work_seconds(w: Walk, rates: dict[str, Any]) -> float:

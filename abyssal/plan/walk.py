@@ -92,6 +92,8 @@ def _walk(
     optimizer = Optimizer(kept, config)
     balance = Balance(model.gates())
     found.numbers = sum(k.master.numel() for k in kept)
+    # On one GPU AdamW reads the gradients of one microbatch as they are, in a pass that makes nothing (`ops/adamw.py`).
+    held = mesh is None and config.optimizer == "adamw" and config.accumulate == 1
     scales = LossScales(config.mtp_weight, config.sequence_balance, config.auxiliary_balance)
     memory = MemTracker()
     memory.track_external(model, *optimizer.kept())
@@ -102,26 +104,30 @@ def _walk(
         # The first step makes the optimizer's moments; the second is as all that follow.
         for again in (False, True):
             memory.reset_mod_stats()
+            optimizer._taken.held = again and held
+            collect = optimizer._taken.collect if again and held else optimizer.collect
             with memory:  # its peak is of what happens within
                 before = total(memory)
                 with work if again else nullcontext():
                     if isinstance(spread, Alone):
-                        spread.run([micro], scales, optimizer.collect, balance)
+                        spread.run([micro], scales, collect, balance)
                     else:
-                        spread.passes([micro], _totals(micro), scales, optimizer.collect, balance)
+                        spread.passes([micro], _totals(micro), scales, collect, balance)
                 # Gradients come as activations go: the peak has next to none of them.
                 found.activations = total(memory, "peak") - before
-                norms = spread.norms(optimizer.squares())
-                optimizer.update(1e-3, norms[-1], torch.zeros((), device=DEVICE))
+                if not (again and held):
+                    _step(spread, optimizer)
                 found.peak = total(memory, "peak")
     found.memory = {
         "parameters, float32": sum(m.numel() * 4 for m in optimizer.masters),
         "parameters, bf16": 0 if mesh else found.numbers * 2,
-        # One microbatch's, on one GPU, are read as they are made; sums are float32.
-        "gradients": found.numbers * (2 if mesh is None and config.accumulate == 1 else 4),
-        "moments": sum(t.numel() * t.element_size() for k, t in optimizer.state().items() if k.startswith("exp_avg")),
+        "gradients": found.numbers * (2 if held else 4),
+        "moments": sum(
+            t.numel() * t.element_size() for key, t in optimizer.state().items()
+            if key.partition("/")[0] in ("exp_avg", "exp_avg_sq", "momentum_buffer")
+        ),
         "activations": found.activations * found.waiting,
-    }
+    }  # fmt: skip
     found.flops, found.passed, found.traffic = dict(work.flops), sum(work.passed.values()), dict(work.traffic)
     return found, order
 
@@ -173,14 +179,18 @@ def _stages(
     with memory:
         optimizer.collect()
         gradients = _gradients(optimizer)
-        norms = spread.norms(optimizer.squares())
-        optimizer.update(1e-3, norms[-1], torch.zeros((), device=DEVICE))
+        _step(spread, optimizer)
     order = order_of(pipeline._scheduled(local), pipeline.schedule, spread.mesh.shape.pp, pipeline.microbatches)
     found.waiting = order.waiting[spread.mesh.place("pp")]
     moments = total(memory) - before
     found.activations //= len(pipeline.stages)
     found.peak = before + moments + gradients + gathered + found.waiting * found.activations + transient
     return order
+
+
+def _step(spread: Alone | Spread, optimizer: Optimizer) -> None:
+    norms = spread.norms(optimizer.squares())
+    optimizer.update(1e-3, norms[-1], torch.tensor(0.0))  # whose value is known: Muon asks for it
 
 
 def ghost(model: Transformer, dtype: torch.dtype) -> None:

@@ -44,6 +44,9 @@ class Work(TorchDispatchMode):
             self._attention(name, args)
         elif space == "abyssal" and name.startswith("grouped_experts"):
             self._experts(name, args)
+        elif space == "abyssal" and name.startswith("fp8_train_linear"):
+            self.flops["fp8"] += _fp8_products(name, args)
+            self.passed[name] += sum(map(_bytes, _tensors((args, out))))  # rounding
         elif name in ("mm", "addmm", "bmm", "_scaled_mm"):
             a, b = args[1:3] if name == "addmm" else args[:2]
             self.flops["products"] += 2 * a.numel() * b.shape[-1]
@@ -77,6 +80,17 @@ class Work(TorchDispatchMode):
         ranks = dist.get_process_group_ranks(group)
         for link, part in links(ranks).items():
             self.traffic[Traffic(what, link, len(ranks))] += int(max(sizes, default=0) * share(len(ranks)) * part)
+
+
+def _fp8_products(name: str, args: Any) -> int:
+    """FLOPs of a map, or of an MLP's three, in FP8: y forward, dx and dW backward so far as they are wanted."""
+    weights: tuple[Tensor, ...] = args[1:4] if "mlp" in name else args[1:2]
+    once = sum(w.numel() for w in weights)
+    if "backward" in name:
+        asked, learns = args[-2:]
+        own = once if asked else weights[1].numel() if "mlp" in name else 0  # an MLP's w2 hands on what w1 and w3 need
+        once = own + (once if learns else 0)
+    return 2 * int(args[0].shape[0]) * once
 
 
 # What a rank sends, of the largest tensor of the call, by the number of ranks.

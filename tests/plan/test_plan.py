@@ -97,6 +97,37 @@ def test_recomputing_holds_less_and_works_more(alone):
     assert sum(walk.flops.values()) > 1.15 * sum(alone.walks[0].flops.values())
 
 
+def test_one_microbatch_s_gradients_are_held_as_they_are_made():
+    """On one GPU nothing is made of them in float32."""
+    small = settings_of("reference-961m", [*SMALL, "batch_tokens=256", "sequence=256", "accumulate=1"], 1, None)
+    (walk,) = plan(small).walks
+    assert walk.memory["gradients"] == 2 * walk.numbers
+    assert 16 * walk.numbers <= walk.peak < 17 * walk.numbers
+
+
+def test_every_optimizer_every_part_and_fp8_is_counted():
+    muon = plan(settings_of("reference-961m", [*SMALL, "optimizer=muon"], 1, None)).walks[0]
+    config = ModelConfig.load("reference-961m").replace(num_hidden_layers=3)
+    ends = 2 * config.vocab_size * config.hidden_size  # embedding and head have two moments; what else is small
+    assert muon.memory["moments"] == pytest.approx(4 * muon.numbers + 4 * ends, rel=0.01)
+
+    with_module = plan(settings_of("reference-961m", [*SMALL, "model.num_nextn_predict_layers=1"], 1, None))
+    assert with_module.parameters == with_module.walks[0].numbers  # embedding and head counted once
+
+    settings = [*SMALL, "model.hidden_size=4096", "model.n_routed_experts=null", "model.n_shared_experts=null"]
+    wide, narrow = (
+        plan(settings_of("reference-961m", [*settings, f"fp8={on}"], 1, None)).walks[0].flops
+        for on in ("false", "true")
+    )
+    assert narrow["fp8"] > 0.2 * wide["products"]
+    assert narrow["fp8"] + narrow["products"] == wide["products"]
+
+
+def test_a_plan_of_another_dtype_is_refused():
+    with pytest.raises(ConfigError, match="dtype: a plan is of a run in bfloat16, got float32"):
+        plan(settings_of("tiny", ["dtype=float32"], 1, None))
+
+
 def test_wrong_meshes_are_refused_with_the_nearest():
     with pytest.raises(ConfigError, match=r"n_routed_experts: expected a multiple of ep = 3.*nearest that is right"):
         settings_of("reference-961m", ["accumulate=12"], 3, "ep=3")
