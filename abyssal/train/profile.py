@@ -12,7 +12,7 @@ ROWS = 30
 
 
 class Profile:
-    """Call `advance` after every step; after the sixth the files are there."""
+    """Of the fifth and the sixth step that are taken while it lasts; then its files are there."""
 
     def __init__(self, folder: Path, device: torch.device, rank: int = 0) -> None:
         self.trace, self.table = folder / f"trace-{rank}.json.gz", folder / f"table-{rank}.txt"
@@ -28,7 +28,16 @@ class Profile:
         with profile(activities=self.activities, schedule=plan, on_trace_ready=self._write, record_shapes=True) as seen:
             yield seen
 
+    @property
+    def told(self) -> str:
+        """What came of it."""
+        if self.written:
+            return f"{self.trace}, {self.table}"
+        return f"none: it begins after {SKIPPED + WARMED} steps, and this start took no more"
+
     def _write(self, seen: "profile") -> None:
+        if seen.step_num <= SKIPPED + WARMED:  # ended before a step was
+            return
         seen.export_chrome_trace(str(self.trace))
         table = seen.key_averages().table(sort_by=self.order, row_limit=ROWS, max_name_column_width=80)
         self.table.write_text(table + "\n", "utf-8")

@@ -28,7 +28,7 @@ class Teller:
         """Raises ConfigError if a tracker's package is missing."""
         config = trainer.config
         self.trainer, self.config, self.console = trainer, config, console
-        self.trackers = trackers(config)
+        self.trackers = trackers(config, trainer.done)
         self.metrics = Metrics(metrics, trainer.done)
         self.display = Display(console, config.steps, trainer.done)
         self._step_tokens = config.batch_tokens * config.accumulate
@@ -47,8 +47,8 @@ class Teller:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, trace)
-        if self.profile is not None and self.profile.written:
-            self.console.print(f"profile: {self.profile.trace}, {self.profile.table}", highlight=False, soft_wrap=True)
+        if self.profile is not None:
+            self.console.print(f"profile: {self.profile.told}", highlight=False, soft_wrap=True)
 
     def tell(self, step: Step, validation: Validation | None) -> None:
         """Tells of the step just taken. Waits for the device."""
@@ -98,10 +98,11 @@ class Teller:
         }
 
     def close(self) -> None:
-        """Ends the files."""
-        self.metrics.close()
-        for tracker in self.trackers:
-            tracker.close()
+        """Ends the files, each whether or not another fails."""
+        with ExitStack() as stack:
+            stack.callback(self.metrics.close)
+            for tracker in self.trackers:
+                stack.callback(tracker.close)
 
 
 def peak_of(device: torch.device) -> float | None:

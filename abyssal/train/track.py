@@ -20,11 +20,11 @@ class Tracker(Protocol):
 
 
 class _TensorBoard:
-    def __init__(self, config: TrainConfig) -> None:
-        _package("tensorboard")
+    def __init__(self, config: TrainConfig, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer: Any = SummaryWriter(str(config.out / "tensorboard"))
+        # What a killed run told of later steps is told anew.
+        self._writer: Any = SummaryWriter(str(config.out / "tensorboard"), purge_step=done + 1 if done else None)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for name, value in values.items():
@@ -53,12 +53,12 @@ class _Run:
         self._module.finish()
 
 
-def trackers(config: TrainConfig) -> list[Tracker]:
-    """Those that `track` names. Raises ConfigError if a package is missing."""
-    made: list[Tracker] = []
+def trackers(config: TrainConfig, done: int) -> list[Tracker]:
+    """Those that `track` names, of a run of which `done` steps have been taken. Raises ConfigError, and begins none, if
+    a package is missing."""
     for name in config.track:
-        made.append(_TensorBoard(config) if name == "tensorboard" else _Run(config, name))
-    return made
+        _package(name)
+    return [_TensorBoard(config, done) if name == "tensorboard" else _Run(config, name) for name in config.track]
 
 
 def flat(record: Record, prefix: str = "") -> dict[str, float]:

@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import shutil
 import sys
+import time
 
 import pytest
 from rich.console import Console
@@ -47,6 +49,15 @@ def test_a_profile_has_a_trace_and_a_table(make_config, quiet):
     assert "aten::mm" in (folder / "table-0.txt").read_text()
 
 
+def test_a_start_too_short_for_a_profile_says_so(make_config, tmp_path):
+    config = make_config(steps=4, profile=True)
+    console = Console(file=(tmp_path / "said").open("w+"), width=300)
+    train(config, console=console)
+    console.file.flush()
+    assert "profile: none: it begins after 4 steps" in (tmp_path / "said").read_text()
+    assert not list((config.out / "profile").iterdir())
+
+
 def test_names_of_a_record_s_numbers():
     record = {"step": 3, "validation": {"loss": 1.5, "by": [1, 2]}, "mfu": None, "on": True}
     assert flat(record) == {"step": 3.0, "validation/loss": 1.5, "validation/by/0": 1.0, "validation/by/1": 2.0}
@@ -64,6 +75,56 @@ def test_tensorboard_gets_every_record(make_config, quiet):
     records = read_metrics(config.out / "metrics.jsonl")
     assert told == [(r["step"], pytest.approx(r["loss"], rel=1e-6)) for r in records]
     assert len(seen.Scalars("validation/bits_per_byte")) == 1
+
+
+def test_a_resumed_run_goes_on_in_tensorboard_where_its_state_was(make_config, quiet):
+    """What was told of the steps after the state is told anew, not twice."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_config(steps=4, track=["tensorboard"], save_every=2, keep_states=9)
+    train(config, console=quiet)
+    shutil.rmtree(config.out / "state" / "step-00000004")  # as if it had been killed while it was written
+    time.sleep(1.1)  # event files are told apart by the second
+    train(config, resume=True, console=quiet)
+    seen = EventAccumulator(str(config.out / "tensorboard"))
+    seen.Reload()
+    assert [e.step for e in seen.Scalars("loss")] == [r["step"] for r in read_metrics(config.out / "metrics.jsonl")]
+
+
+def test_no_tracker_begins_where_one_is_not_installed(make_config, quiet, monkeypatch):
+    pytest.importorskip("tensorboard")
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = make_config(track=["tensorboard", "trackio"])
+    with pytest.raises(ConfigError, match="trackio is not installed"):
+        train(config, console=quiet)
+    assert not (config.out / "tensorboard").exists()
+
+
+def test_a_tracker_that_fails_at_the_end_keeps_no_other_from_ending(make_config, quiet, monkeypatch):
+    ended = []
+
+    class Failing:
+        def init(self, **settings):
+            pass
+
+        def log(self, values, step):
+            pass
+
+        def finish(self):
+            raise OSError("no network")
+
+    class Fine(Failing):
+        def finish(self):
+            ended.append(True)
+
+    for name, module in (("wandb", Failing()), ("trackio", Fine())):
+        monkeypatch.setitem(sys.modules, name, module)
+    for order in (["trackio", "wandb"], ["wandb", "trackio"]):
+        config = make_config(steps=1, track=order)
+        with pytest.raises(OSError, match="no network"):
+            train(config.model_copy(update={"out": config.out / order[0]}), console=quiet)
+    assert ended == [True, True]
 
 
 def test_a_tracker_that_is_not_installed_is_named(make_config, quiet, monkeypatch):
