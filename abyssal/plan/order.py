@@ -1,24 +1,44 @@
 """A pipeline schedule played through in time: how long ranks wait, and how many microbatches wait in them."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 # How long the parts of a pass take, in forward passes of a stage.
 TIMES = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 
 
-class Order(NamedTuple):
-    bubble: float  # the share of the time in which a rank has nothing to do, in the mean
-    waiting: list[int]  # a rank: forward passes of its stages whose backward pass is yet to come, at most
-
-
 Part = tuple[int, str, int]  # stage, kind, microbatch
 
 
-def order_of(schedule: Any, name: str, ranks: int, microbatches: int) -> Order:
-    """Of one of torch's schedules, whose name in a run's configuration is `name`."""
+class Order(NamedTuple):
+    bubble: float  # the share of the time in which a rank has nothing to do, in the mean
+    parts: list[list[Part]]  # a rank: what it does, in order
+
+    def waiting(self, rank: int) -> int:
+        """Forward passes of a rank's stages whose backward pass is yet to come, at most."""
+        return self.held(rank, dict.fromkeys({stage for stage, _, _ in self.parts[rank]}, 1))
+
+    def held(self, rank: int, kept: Mapping[int, int]) -> int:
+        """What they keep at most, if one of stage s keeps `kept[s]`; it goes when its weights' gradients are there."""
+        most = now = 0
+        split = any(kind == "W" for _, kind, _ in self.parts[rank])
+        for stage, kind, _ in self.parts[rank]:
+            if kind == "F":
+                now += kept[stage]
+            elif kind == "B" or kind == ("W" if split else "I"):
+                now -= kept[stage]
+            most = max(most, now)
+        return most
+
+
+def order_of(schedule: Any, name: str, ranks: int, microbatches: int, halves: bool) -> Order:
+    """Of one of torch's schedules, whose name in a run's configuration is `name`. Without `halves` a backward pass that
+    the schedule splits is done whole where its first half would be."""
     if name in ("gpipe", "1f1b"):  # torch's own list is for display, and one off for the last rank (2.13)
         return play({rank: _one_stage(rank, ranks, microbatches, name == "gpipe") for rank in range(ranks)})
     orders = {rank: [p for a in actions for p in _parts(a)] for rank, actions in schedule.pipeline_order.items()}
+    if not halves:
+        orders = {r: [(s, "B" if k == "I" else k, m) for s, k, m in parts if k != "W"] for r, parts in orders.items()}
     return play({rank: orders[rank] for rank in range(ranks)})
 
 
@@ -61,8 +81,7 @@ def play(parts: dict[int, list[Part]]) -> Order:
         if not moved:
             raise ValueError("the schedule's ranks wait for each other")
     whole = max(clock.values())
-    waiting = [_most_waiting(parts[rank]) for rank in sorted(parts)]
-    return Order(1 - sum(work.values()) / (whole * len(work)), waiting)
+    return Order(1 - sum(work.values()) / (whole * len(work)), [parts[rank] for rank in sorted(parts)])
 
 
 def _parts(action: Any) -> list[Part]:
@@ -82,16 +101,3 @@ def _needed(stage: int, kind: str, micro: int, last: int) -> Part | None:
     if kind == "W":
         return (stage, "B", micro)
     return (stage + 1, "B", micro) if stage < last else (stage, "F", micro)
-
-
-def _most_waiting(parts: list[Part]) -> int:
-    """A microbatch's activations go when its weights' gradients are there."""
-    most = now = 0
-    split = any(kind == "W" for _, kind, _ in parts)
-    for _, kind, _ in parts:
-        if kind == "F":
-            now += 1
-        elif kind == ("W" if split else "B") or (split and kind == "B"):
-            now -= 1
-        most = max(most, now)
-    return most

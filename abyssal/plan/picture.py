@@ -9,11 +9,11 @@ from abyssal.plan.report import GIB, Plan
 
 
 def draw(plan: Plan, path: Path) -> None:
-    """A bar a pipeline stage, a colour a kind of memory; a line where the peak is. Gradients come as activations go, so
-    a bar may be higher than that."""
+    """A bar a place in the pipeline, a colour a kind of memory; a line where the peak is. Gradients come as activations
+    go, so a bar may be higher than that."""
     figure = Figure(figsize=(1.6 + 1.5 * len(plan.walks) + 2.6, 4.2), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.subplots()
-    names = [f"stage {w.stage}" for w in plan.walks]
+    names = [f"place {w.stage}" for w in plan.walks]
     bottom = [0.0] * len(names)
     kinds = list(plan.walks[0].memory)
     for kind in kinds:

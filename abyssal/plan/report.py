@@ -46,7 +46,7 @@ class Plan:
         for one, found in zip(plain["walks"], self.walks):
             for key, sent in (("traffic", found.traffic), ("once", found.once)):
                 one[key] = [{**t._asdict(), "bytes": n} for t, n in sent.items()]
-        plain["order"] = None if self.order is None else self.order._asdict()
+        plain["order"] = None if self.order is None else {"bubble": self.order.bubble}
         return plain
 
     def render(self) -> Group:
@@ -114,12 +114,14 @@ def _memory(p: Plan) -> Table:
     table = Table(title=f"{p.model} on {p.gpus:,} GPUs, {p.mesh}: GiB of a rank", title_justify="left")
     table.add_column("")
     for w in p.walks:
-        table.add_column(f"stage {w.stage}", justify="right")
+        table.add_column(f"place {w.stage}", justify="right")
     table.add_row("numbers owned, millions", *(f"{w.numbers / 1e6:,.1f}" for w in p.walks))
     for kind in p.walks[0].memory:
         table.add_row(kind, *(f"{w.memory[kind] / GIB:.2f}" for w in p.walks))
-    table.add_row("  of a microbatch", *(f"{w.activations / GIB:.2f}" for w in p.walks), style="dim")
-    table.add_row("  microbatches that wait", *(str(w.waiting) for w in p.walks), style="dim")
+    if p.order is not None:
+        each = [" and ".join(f"{size / GIB:.2f}" for size in w.kept.values()) for w in p.walks]
+        table.add_row("  of a microbatch, by stage", *each, style="dim")
+        table.add_row("  passes that wait", *(str(w.waiting) for w in p.walks), style="dim")
     table.add_row("peak", *(f"{w.peak / GIB:.2f}" for w in p.walks), style="bold")
     return table
 
@@ -129,7 +131,7 @@ def _traffic(p: Plan) -> Table:
     for name in ("", "over", "ranks", "each"):
         table.add_column(name)
     for w in p.walks:
-        table.add_column(f"stage {w.stage}", justify="right")
+        table.add_column(f"place {w.stage}", justify="right")
     for each, of in (("microbatch", [w.traffic for w in p.walks]), ("step", [w.once for w in p.walks])):
         for t in sorted({t for traffic in of for t in traffic}):
             table.add_row(t.what, t.link, str(t.ranks), each, *(f"{sent.get(t, 0) / GIB:.3f}" for sent in of))

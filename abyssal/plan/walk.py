@@ -44,8 +44,9 @@ class Walk:
     numbers: int = 0  # of the model that this rank owns
     memory: dict[str, int] = field(default_factory=dict)
     peak: int = 0
-    activations: int = 0  # of a microbatch in a stage, until its backward pass; in the mean of the rank's stages
-    waiting: int = 1  # at most: microbatches that wait, in each of the rank's stages
+    activations: int = 0  # of all microbatches that wait for their backward pass, at most
+    kept: dict[int, int] = field(default_factory=dict)  # of one, by the rank's stages
+    waiting: int = 1  # at most: forward passes of the rank's stages whose backward pass is yet to come
     flops: dict[str, int] = field(default_factory=dict)
     passed: int = 0  # bytes of memory that operations other than products read and write
     traffic: dict[Traffic, int] = field(default_factory=dict)
@@ -115,6 +116,7 @@ def _walk(
                         spread.passes([micro], _totals(micro), scales, collect, balance)
                 # Gradients come as activations go: the peak has next to none of them.
                 found.activations = total(memory, "peak") - before
+                found.kept = {0: found.activations}
                 if not (again and held):
                     _step(spread, optimizer)
                 found.peak = total(memory, "peak")
@@ -126,7 +128,7 @@ def _walk(
             t.numel() * t.element_size() for key, t in optimizer.state().items()
             if key.partition("/")[0] in ("exp_avg", "exp_avg_sq", "momentum_buffer")
         ),
-        "activations": found.activations * found.waiting,
+        "activations": found.activations,
     }  # fmt: skip
     found.flops, found.passed, found.traffic = dict(work.flops), sum(work.passed.values()), dict(work.traffic)
     return found, order
@@ -155,7 +157,7 @@ def _stages(
         with memory, work:
             y = stage(x.detach().requires_grad_(s > 0))
         kept = total(memory) - between
-        found.activations += kept
+        found.kept[s] = kept
         gathered += between - start - kept
         sharded: Any = stage
         sharded.set_requires_gradient_sync(False)
@@ -180,11 +182,13 @@ def _stages(
         optimizer.collect()
         gradients = _gradients(optimizer)
         _step(spread, optimizer)
-    order = order_of(pipeline._scheduled(local), pipeline.schedule, spread.mesh.shape.pp, pipeline.microbatches)
-    found.waiting = order.waiting[spread.mesh.place("pp")]
+    place = spread.mesh.place("pp")
+    order = order_of(
+        pipeline._scheduled(local), pipeline.schedule, spread.mesh.shape.pp, pipeline.microbatches, pipeline.halves
+    )
+    found.waiting, found.activations = order.waiting(place), order.held(place, found.kept)
     moments = total(memory) - before
-    found.activations //= len(pipeline.stages)
-    found.peak = before + moments + gradients + gathered + found.waiting * found.activations + transient
+    found.peak = before + moments + gradients + gathered + found.activations + transient
     return order
 
 

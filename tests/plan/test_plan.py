@@ -10,7 +10,7 @@ from abyssal.cli import app
 from abyssal.config import ConfigError, ModelConfig
 from abyssal.costs import inspect
 from abyssal.plan import plan
-from abyssal.plan.order import _one_stage, play
+from abyssal.plan.order import Order, _one_stage, play
 from abyssal.plan.report import memory_line
 from abyssal.plan.setup import settings_of
 from abyssal.plan.work import links
@@ -68,7 +68,8 @@ def test_a_pipeline_s_stages_together_are_the_model(alone):
     made = plan(settings_of("reference-961m", [*SMALL, "accumulate=4"], 2, "pp=2"))
     assert sum(w.numbers for w in made.walks) == alone.walks[0].numbers
     assert made.order.bubble == pytest.approx(1 / 5)  # (P - 1) / (M + P - 1)
-    assert made.order.waiting == [2, 1]
+    assert [made.order.waiting(rank) for rank in (0, 1)] == [w.waiting for w in made.walks] == [2, 1]
+    assert [w.activations for w in made.walks] == [2 * made.walks[0].kept[0], made.walks[1].kept[1]]
 
 
 @pytest.mark.parametrize(("ranks", "micros"), [(2, 2), (4, 4), (4, 8), (3, 7)])
@@ -76,7 +77,38 @@ def test_1f1b_and_gpipe_by_the_formula(ranks, micros):
     for all_first in (False, True):
         order = play({r: _one_stage(r, ranks, micros, all_first) for r in range(ranks)})
         assert order.bubble == pytest.approx((ranks - 1) / (micros + ranks - 1))
-        assert order.waiting == [micros if all_first else min(micros, ranks - r) for r in range(ranks)]
+        assert [order.waiting(r) for r in range(ranks)] == [
+            micros if all_first else min(micros, ranks - r) for r in range(ranks)
+        ]
+
+
+def test_what_stages_of_unlike_size_hold():
+    """A rank with two stages: forward of both for two microbatches, then their backward passes, halved or not."""
+    parts = [(0, "F", 0), (0, "F", 1), (1, "F", 0), (1, "I", 0), (1, "W", 0), (1, "F", 1), (1, "B", 1)]
+    order = Order(0.0, [[*parts, (0, "I", 0), (0, "I", 1), (0, "W", 0), (0, "W", 1)]])
+    assert order.held(0, {0: 3, 1: 10}) == 16
+    assert order.waiting(0) == 3
+    whole = Order(0.0, [[(0, "F", 0), (0, "F", 1), (1, "F", 0), (1, "B", 0), (0, "B", 0), (0, "B", 1)]])
+    assert whole.held(0, {0: 3, 1: 10}) == 16
+    assert whole.held(0, {0: 10, 1: 1}) == 21
+
+
+def test_without_halves_a_split_schedule_has_the_larger_bubble():
+    half, whole = (
+        plan(
+            settings_of(
+                "reference-961m",
+                [*SMALL, "model.num_hidden_layers=4", "accumulate=4", "schedule=zbv", recompute],
+                2,
+                "pp=2",
+            ),
+            [0],
+        ).order
+        for recompute in ("recompute=none", "recompute=block")
+    )
+    assert any(kind == "W" for _, kind, _ in half.parts[0])
+    assert not any(kind in "IW" for _, kind, _ in whole.parts[0])
+    assert whole.bubble > half.bubble
 
 
 def test_ranks_that_wait_for_each_other_are_told():
