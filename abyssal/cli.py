@@ -12,6 +12,7 @@ from rich.table import Table
 
 from abyssal.bench.verbs import bench
 from abyssal.files import model_folder
+from abyssal.study.verbs import study
 
 if TYPE_CHECKING:
     from abyssal.engine import LLM, Piece, Totals
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(study, name="study")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, a run's folder, or a hub id.", metavar="MODEL")]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to generate at most.")]

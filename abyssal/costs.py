@@ -32,6 +32,7 @@ from abyssal.model.latent import LatentAttention
 from abyssal.model.layers import RMSNorm
 from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8 import scale_shape
+from abyssal.ops.latent_rows import row_bytes
 
 BF16, FLOAT32 = 2, 4  # bytes
 
@@ -154,6 +155,14 @@ def cache_bytes(config: ModelConfig, tokens: int, itemsize: int, *, mtp: bool = 
         attention = LatentAttention(config) if config.attention == "mla" else GroupedAttention(config)
     layer = sum(width * (own.itemsize if own else itemsize) for width, own in attention.leaves().values())
     return tokens * layer * _layers(config, mtp)
+
+
+def fp8_cache_bytes(config: ModelConfig, tokens: int, *, mtp: bool = False) -> int:
+    """The same with every latent in FP8 (`ops/latent_rows.py`): 656 bytes a token and layer of DeepSeek-V3. Raises
+    ValueError where there is no latent, or none that goes into such rows."""
+    if config.attention != "mla":
+        raise ValueError(f"FP8 rows are of latents, and attention is {config.attention!r}")
+    return tokens * row_bytes(config.kv_lora_rank, config.qk_rope_head_dim) * _layers(config, mtp)
 
 
 def mha_cache_bytes(config: ModelConfig, tokens: int, itemsize: int, *, mtp: bool = False) -> int:
