@@ -101,6 +101,12 @@ class TrainConfig(BaseModel):
         return cls.of(settings, where=str(file))
 
     @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """What settings are where nobody sets them, as `to_dict` has them; without those that must be set."""
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return cls.of({"model": "", "out": "", "steps": 1}).model_dump(mode="json", exclude=required)
+
+    @classmethod
     def of(cls, settings: dict[str, Any], where: str = "config") -> Self:
         """Checks plain settings. Raises ConfigError naming the key, and the nearest one if it is unknown."""
         for key in settings:

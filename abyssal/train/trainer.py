@@ -246,6 +246,8 @@ class Trainer:
         Raises ConfigError naming the key if the run is another one than the state is of.
         """
         then, now = read_trainer(folder), self._identity()
+        # A setting that is newer than the state was what it is where nobody sets it.
+        then["config"] = TrainConfig.defaults() | then["config"]
         for group, prefix in (("config", ""), ("model", "model."), ("data", "data: "), ("machine", "")):
             before, after = then[group], now[group]
             for key in sorted(before.keys() | after.keys()):

@@ -187,6 +187,19 @@ def test_a_changed_curve_is_refused_by_name(make_config, quiet, changes, message
         train(make_config(**({"steps": 2} | changes)), resume=True, console=quiet)
 
 
+def test_a_setting_newer_than_the_state_is_its_default(make_config, quiet):
+    """So that a run begun before there was FP8 goes on without it."""
+    config = make_config(steps=4)
+    train(config, console=quiet)
+    file = newest_state(config.out / "state") / "trainer.json"
+    about = json.loads(file.read_text())
+    del about["config"]["fp8"], about["config"]["betas"]
+    file.write_text(json.dumps(about).ljust(file.stat().st_size))
+    with pytest.raises(ConfigError, match=r"betas: was \[0.9, 0.95\] and is \[0.5, 0.9\]"):
+        train(config.model_copy(update={"betas": (0.5, 0.9)}), resume=True, console=quiet)
+    assert train(config, resume=True, console=quiet).steps == 4
+
+
 def test_other_data_is_refused(make_config, quiet, text, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_text(text.read_text("utf-8").replace("cat", "dog"), "utf-8")
