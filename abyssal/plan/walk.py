@@ -29,7 +29,7 @@ from abyssal.plan.work import NODE, Traffic, Work
 from abyssal.train.alone import Alone
 from abyssal.train.config import TrainConfig
 from abyssal.train.optimizer import Kept, Optimizer
-from abyssal.train.wrap import wrap_blocks
+from abyssal.train.wrap import splits_backward, wrap_blocks
 
 DEVICE = torch.device("cpu")  # of the fake tensors: torch's builds without CUDA cannot name another
 HOPPER = (9, 0)
@@ -88,7 +88,17 @@ def _walk(
         kept = spread.parameters()
     else:
         wrap = lambda m: wrap_blocks(m, config)  # noqa: E731
-        spread = Spread(model, mesh, DEVICE, narrow, config.reshard, wrap, config.schedule, config.accumulate)
+        spread = Spread(
+            model,
+            mesh,
+            DEVICE,
+            narrow,
+            config.reshard,
+            wrap,
+            config.schedule,
+            config.accumulate,
+            splits_backward(config),
+        )
         kept = [Kept(p.name, p.param, p.local) for p in spread.parameters()]
     optimizer = Optimizer(kept, config)
     balance = Balance(model.gates())

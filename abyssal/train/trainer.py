@@ -30,7 +30,7 @@ from abyssal.train.optimizer import Kept, Optimizer
 from abyssal.train.parts import PARTS
 from abyssal.train.schedule import bias_speed, learning_rate, mtp_weight
 from abyssal.train.state import Part, begin_state, load_state, read_trainer, save_state, whole
-from abyssal.train.wrap import unwrapped, wrap_blocks
+from abyssal.train.wrap import splits_backward, unwrapped, wrap_blocks
 
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
 FREE = {
@@ -147,7 +147,7 @@ class Trainer:
         if config.mesh:
             mesh = Mesh(MeshShape.parse(config.mesh), self.device.type)
             wrap = partial(wrap_blocks, config=config)
-            halves = config.recompute == "none" and not config.compile
+            halves = splits_backward(config)
             self.spread = Spread(
                 self.model, mesh, self.device, self.dtype, config.reshard, wrap, config.schedule, config.accumulate,
                 halves,

@@ -11,7 +11,7 @@ from abyssal.config import ConfigError
 from abyssal.model.transformer import Transformer
 from abyssal.train.config import TrainConfig
 from abyssal.train.fp8 import apply_fp8
-from abyssal.train.recompute import parse, recomputing
+from abyssal.train.recompute import NONE, parse, recomputing
 
 
 def wrap_blocks(model: Transformer, config: TrainConfig) -> None:
@@ -32,6 +32,11 @@ def wrap_blocks(model: Transformer, config: TrainConfig) -> None:
         forward = recomputing(forward, operations, model.config)
         if forward != block.forward:
             block.__dict__["forward"] = forward
+
+
+def splits_backward(config: TrainConfig) -> bool:
+    """Whether a pipeline may split a block's backward pass: a half of a recomputed or compiled one is no less work."""
+    return config.recompute == NONE and not config.compile
 
 
 @contextmanager
