@@ -96,7 +96,7 @@ class MoE(nn.Module):
         e, s = self.experts, self.shared_experts
         x, for_gate, for_shared = fork(x, 3) if s is not None else (x, x, x)
         routing = self.gate(for_gate)
-        if s is not None and s.w1.scale is None and read_together(x, e.w1, e.w2, e.w3, routing.indices, s.w1.weight):
+        if s is not None and read_together(x, e.w1, e.w2, e.w3, routing.indices, s.w1.weight) and s.plain:
             shared = s.w1.weight, s.w2.weight, s.w3.weight
             return with_shared(x, e.w1, e.w2, e.w3, routing.indices, routing.weights, *shared), routing
         y = e(x, routing)

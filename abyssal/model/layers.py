@@ -128,10 +128,20 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(self.hidden(x))
 
+    @property
+    def whole(self) -> bool:
+        """Whether it computes as it does here: nothing has given it another class or another forward."""
+        return type(self) is MLP and "forward" not in self.__dict__
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is no more than its weights, which are numbers as they lie: no FP8, kept or computed in."""
+        maps = (self.w1, self.w2, self.w3)
+        return self.whole and all(type(m) is Linear and "forward" not in m.__dict__ and m.scale is None for m in maps)
+
     def add_to(self, y: Tensor, x: Tensor) -> Tensor:
         """y + self(x), perhaps in y's place."""
-        own = type(self) is MLP and "forward" not in self.__dict__
-        return add_map(y, self.hidden(x), self.w2) if own else y + self(x)
+        return add_map(y, self.hidden(x), self.w2) if self.whole else y + self(x)
 
     def hidden(self, x: Tensor) -> Tensor:
         """`[T, inner]`: what w2 reads."""

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import abyssal
 from abyssal.model import transformer as transformer_module
 from abyssal.model.cache import Cache
-from abyssal.model.layers import MLP
+from abyssal.model.layers import MLP, Linear
 from abyssal.model.packing import Packing
 from abyssal.model.transformer import Transformer
 from abyssal.ops import experts as experts_module
@@ -235,3 +235,36 @@ def test_model_never_asks_for_a_value() -> None:
     for file in folder.glob("*.py"):
         for number, line in enumerate(file.read_text().splitlines(), start=1):
             assert not any(w in line for w in (".tolist()", ".item()", ".cpu()", "nonzero()")), f"{file}:{number}"
+
+
+@pytest.mark.parametrize("of", ["the MLP", "a map of it", "the MLP's forward"])
+def test_shared_experts_that_compute_in_another_way_do_so_without_gradients_too(of, monkeypatch) -> None:
+    """They are read together with the routed ones only where they are no more than their weights: what is validated
+    is what is trained, in FP8 for one."""
+    moe = tiny_model(n_shared_experts=1).layers[-1].ffn
+    shared, called = moe.shared_experts, []
+
+    class OtherMLP(MLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append(True)
+            return super().forward(x)
+
+    class OtherLinear(Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append(True)
+            return super().forward(x)
+
+    monkeypatch.setattr("abyssal.model.experts.read_together", lambda *tensors: True)
+    x = torch.randn(5, 24, dtype=torch.float64)
+    with torch.no_grad():
+        together = moe(x)[0]
+        assert not called
+        if of == "the MLP":
+            shared.__class__ = OtherMLP
+        elif of == "a map of it":
+            shared.w2.__class__ = OtherLinear
+        else:
+            forward = shared.forward
+            shared.__dict__["forward"] = lambda x: called.append(True) or forward(x)
+        torch.testing.assert_close(moe(x)[0], together)
+    assert called
