@@ -221,11 +221,14 @@ class _Arrive(torch.autograd.Function):
         weights, indices = meta.chunk(2, 1)
         indices = indices.long()
         ctx.mark_non_differentiable(indices)
+        # A block is computed again when something that it kept is asked for, up to the last thing it kept. Experts that
+        # get no rows may keep nothing: so that their rank, too, takes part in the exchange again, this is kept here.
+        ctx.save_for_backward(rows.new_empty(0))
         return rows.view_as(rows), weights.contiguous(), indices
 
     @staticmethod
     def backward(ctx: Any, dx_rows: Tensor, d_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        plan, way = ctx.plan, ctx.way
+        plan, way, _ = ctx.plan, ctx.way, ctx.saved_tensors
         dx_rows, d_weights = dx_rows.contiguous(), d_weights.contiguous()
         back = dx_rows.new_empty(plan.leaving, dx_rows.shape[1])
         weights_back = d_weights.new_empty(plan.leaving + plan.sizes.own, d_weights.shape[1])
