@@ -102,7 +102,7 @@ def kind_of(operation: Any, args: tuple[Any, ...], ranks: Mapping[int, int]) -> 
     name, _, overload = name.partition(".")
     if overload == "out":  # a piece of a larger result, written over later; the whole of it is made anew
         return None
-    if "attention" in name:
+    if "attention" in name or "attn" in name:  # torch's packed one is torch_attn::_varlen_attn
         return "attention"
     if (space == "abyssal" and "experts" in name) or name.endswith("grouped_mm"):
         return "experts"

@@ -96,3 +96,15 @@ def test_stored_weights_are_read_the_other_way_round():
     assert kind_of(Named("abyssal::fp8_train_linear"), (x, torch.empty(16, 64)), ranks) == "products"
     assert kind_of(Named("abyssal::grouped_experts"), (x,), ranks) == "experts"
     assert kind_of(Named("aten::add"), (x, x), ranks) is None
+
+
+def test_every_attention_there_is_counts_as_one():
+    from torch.nn.attention import varlen  # noqa: F401  it makes the operator
+
+    from abyssal.train.recompute import kind_of
+
+    for operator in (
+        torch.ops.torch_attn._varlen_attn.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.abyssal.attention_hopper.default, torch.ops.abyssal.latent_attention.default,
+    ):  # fmt: skip
+        assert kind_of(operator, (), {}) == "attention"
