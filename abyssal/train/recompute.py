@@ -14,7 +14,7 @@ count every operation of the region (2.13), and a sharded module gathers in the 
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,7 @@ OPERATIONS = (CHEAP, "up", "attention", "products", "experts")
 NONE, BLOCK = "none", "block"
 
 Forward = Callable[..., Any]
+Ranks = Mapping[int, Collection[int]]  # what a head's share of an up-projection is wide, by the rank it starts from
 
 
 def parse(text: str) -> frozenset[str]:
@@ -56,9 +57,9 @@ def recomputing(forward: Forward, operations: frozenset[str], config: ModelConfi
     if operations == frozenset(OPERATIONS):
         return again
     N, R, V = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-    ranks = {config.kv_lora_rank: N + V}
+    ranks = {config.kv_lora_rank: {N + V}}
     if config.q_lora_rank is not None:
-        ranks[config.q_lora_rank] = N + R
+        ranks.setdefault(config.q_lora_rank, set()).add(N + R)
     kept = frozenset(OPERATIONS) - operations
 
     def contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
@@ -74,7 +75,7 @@ Results = defaultdict[str, deque[Any]]  # of the operations that are kept, by na
 class _Keep(TorchDispatchMode):
     """Keeps the results of some kinds of operations."""
 
-    def __init__(self, kinds: frozenset[str], ranks: Mapping[int, int], results: Results) -> None:
+    def __init__(self, kinds: frozenset[str], ranks: Ranks, results: Results) -> None:
         super().__init__()
         self.kinds, self.ranks, self.results = kinds, ranks, results
 
@@ -95,9 +96,8 @@ class _Again(_Keep):
         return function(*args, **(kwargs or {}))
 
 
-def kind_of(operation: Any, args: tuple[Any, ...], ranks: Mapping[int, int]) -> str | None:
-    """Which of OPERATIONS an operation of torch's is, None for what is cheap. `ranks`: what a head's share of an
-    up-projection is wide, by the rank that it starts from."""
+def kind_of(operation: Any, args: tuple[Any, ...], ranks: Ranks) -> str | None:
+    """Which of OPERATIONS an operation of torch's is, None for what is cheap."""
     space, _, name = operation.name().partition("::")
     name, _, overload = name.partition(".")
     if overload == "out":  # a piece of a larger result, written over later; the whole of it is made anew
@@ -110,6 +110,6 @@ def kind_of(operation: Any, args: tuple[Any, ...], ranks: Mapping[int, int]) -> 
         inner, outer = args[2 if name == "addmm" else 1].shape[-2:]
         if space == "abyssal":  # weights as they are stored, `[out, in]`
             inner, outer = outer, inner
-        head = ranks.get(inner)
-        return "up" if head is not None and outer > inner and outer % head == 0 else "products"
+        up = outer > inner and any(outer % head == 0 for head in ranks.get(inner, ()))
+        return "up" if up else "products"
     return None

@@ -26,9 +26,9 @@ class Seen(torch.utils._python_dispatch.TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def once(make_config, make_batch, recompute):
+def once(make_config, make_batch, recompute, **model):
     """Loss and gradients, and the operations of the backward pass."""
-    config = make_config(WIDE, recompute=recompute, sequence_balance=0.1)
+    config = make_config(WIDE | model, recompute=recompute, sequence_balance=0.1)
     model = Transformer(config.model_settings()).init_weights(torch.Generator().manual_seed(0))
     wrap_blocks(model, config)
     micro = Microbatch.of(make_batch([50, 3, 1, 40]), 1)
@@ -47,15 +47,16 @@ def test_no_number_changes(make_config, make_batch, recompute):
         assert torch.equal(again[name], gradient), name
 
 
-def test_what_is_recomputed_is_what_was_named(make_config, make_batch):
+@pytest.mark.parametrize("rank", [24, 16], ids=["", "ranks alike"])
+def test_what_is_recomputed_is_what_was_named(make_config, make_batch, rank):
     """The products of the backward pass whose right factor is an up-projection, by mode: each layer has two."""
-    c = make_config(WIDE).model_settings()
+    c = make_config(WIDE | {"q_lora_rank": rank}).model_settings()
     head_kv, head_q = c.qk_nope_head_dim + c.v_head_dim, c.qk_nope_head_dim + c.qk_rope_head_dim
     ups = {(c.kv_lora_rank, c.num_attention_heads * head_kv), (c.q_lora_rank, c.num_attention_heads * head_q)}
     blocks = c.num_hidden_layers + 1
 
     def counted(recompute):
-        calls = once(make_config, make_batch, recompute)[2]
+        calls = once(make_config, make_batch, recompute, q_lora_rank=rank)[2]
         up = sum(name == "mm" and shape in ups for name, *rest in calls for shape in rest)
         attention = sum("attention" in name and "backward" not in name for name, *_ in calls)
         return up, attention
@@ -90,7 +91,7 @@ def test_stored_weights_are_read_the_other_way_round():
         def name(self):
             return self._name
 
-    x, ranks = torch.empty(3, 16), {16: 32}
+    x, ranks = torch.empty(3, 16), {16: {32}}
     assert kind_of(Named("aten::mm"), (x, torch.empty(16, 64)), ranks) == "up"
     assert kind_of(Named("abyssal::fp8_train_linear"), (x, torch.empty(64, 16)), ranks) == "up"
     assert kind_of(Named("abyssal::fp8_train_linear"), (x, torch.empty(16, 64)), ranks) == "products"
