@@ -67,7 +67,7 @@ class StateFiles:
         self._opened: dict[str, Any] = {}
         self._mapped = 0
         for name, tensor in self._tensors.items():
-            if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+            if not _fill([(list(c.offsets), list(c.sizes)) for c in tensor.chunks], list(tensor.size)):
                 raise CheckpointError(f"{folder}: {name}: a piece is missing, or there twice")
 
     def __contains__(self, name: str) -> bool:
@@ -128,6 +128,22 @@ def list_files(folder: Path) -> None:
     """Writes FILES; call it when all other files are there."""
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.name != FILES}
     (folder / FILES).write_text(json.dumps(sizes, indent=2) + "\n", "utf-8")
+
+
+def _fill(pieces: list[tuple[list[int], list[int]]], shape: list[int]) -> bool:
+    """Whether pieces, of which each has a beginning and a size, have every number of a shape once. They must lie in
+    rows: pieces that share a part of the first dimension share all of it, and so on."""
+    if not shape:
+        return len(pieces) == 1
+    rows: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {}
+    for (start, *starts), (size, *sizes) in pieces:
+        rows.setdefault((start, size), []).append((starts, sizes))
+    end = 0
+    for (start, size), inner in sorted(rows.items()):
+        if start != end or not _fill(inner, shape[1:]):
+            return False
+        end += size
+    return end == shape[0]
 
 
 def _check(folder: Path) -> None:

@@ -89,8 +89,13 @@ def load_state(folder: Path, model: Transformer, optimizer: Optimizer, part: Par
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
-    """What the state was saved with as `trainer`."""
-    trainer: dict[str, Any] = json.loads((folder / TRAINER).read_text("utf-8"))
+    """What the state was saved with as `trainer`. Raises CheckpointError if that isn't there or not readable."""
+    try:
+        trainer = json.loads((folder / TRAINER).read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / TRAINER}: {error}") from None
+    if not isinstance(trainer, dict):
+        raise CheckpointError(f"{folder / TRAINER}: expected an object, got {type(trainer).__name__}")
     return trainer
 
 

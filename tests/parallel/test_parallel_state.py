@@ -14,15 +14,17 @@ import torch
 import torch.distributed as dist
 from ranks import on_ranks
 from safetensors import safe_open
+from safetensors.torch import save_file
 from steps import settings
 from torch import Tensor
+from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 
 import abyssal
 from abyssal.checkpoint import CheckpointError
 from abyssal.checkpoint.distributed import FILES, StateFiles, StateWriter, list_files
 from abyssal.data import TokenSet
 from abyssal.train.export import export
-from abyssal.train.state import load_state, newest_state
+from abyssal.train.state import TRAINER, load_state, newest_state
 from abyssal.train.trainer import Trainer
 
 LEGS = (3, 6, 9)  # steps after which a run is stopped, saved and resumed on another mesh
@@ -164,6 +166,28 @@ def test_a_state_without_a_place_for_its_bytes_is_told(tokens: Path, tmp_path: P
     (state / FILES).write_text('["model.safetensors"]')
     with pytest.raises(CheckpointError, match=r"files.json: expected file names and their sizes"):
         load_state(state, *_parts(open_run(tokens, tmp_path, "")))
+
+
+def test_pieces_that_overlap_do_not_stand_for_one_that_is_missing(tmp_path: Path) -> None:
+    for third, whole in ((2, True), (0, False), (1, False), (3, False), (6, False)):
+        for name, first in (("a", 0), ("b", third), ("c", 4)):
+            place = json.dumps({"x": {SAVED_OFFSETS_KEY: [first, 0]}})
+            file = tmp_path / f"{name}.safetensors"
+            save_file({"x": torch.full((2, 3), float(first))}, file, {CUSTOM_METADATA_KEY: place})
+        if whole:
+            assert torch.equal(StateFiles(tmp_path).rows("x", 0, 6)[:, 0], torch.tensor([0.0, 0, 2, 2, 4, 4]))
+        else:
+            with pytest.raises(CheckpointError, match="x: a piece is missing, or there twice"):
+                StateFiles(tmp_path)
+
+
+def test_a_state_whose_settings_cannot_be_read_is_told(tokens: Path, tmp_path: Path, alone: Alone) -> None:
+    state, trainer = tmp_path / "state", open_run(tokens, tmp_path, "")
+    shutil.copytree(alone.states / "step-3", state)
+    for text in ("{", "[]"):
+        (state / TRAINER).write_text(text)
+        with pytest.raises(CheckpointError, match=r"trainer.json: "):
+            trainer.restore(state)
 
 
 @pytest.fixture
