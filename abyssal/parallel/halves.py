@@ -8,7 +8,7 @@ the first half: it is little work, and a way from one place to another would be 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,7 @@ class Branch(NamedTuple):
     node: Node
     came: tuple[Tensor | None, ...]  # the gradients of the node's outputs
     weights: list[nn.Parameter]
+    owner: Node  # itself or above it; see `_owner`
 
 
 def input_half(
@@ -34,7 +35,8 @@ def input_half(
     given = [torch.ones_like(o) for o in outputs] if gradients is None else gradients
     roots = [o for o in outputs if o.requires_grad]
     asked = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-    above = _parents([_node(o) for o in roots])
+    # Above the outputs, so that what made these has an owner too.
+    above = _parents([cast(Node, o.view_as(o).grad_fn) for o in roots])
     path = _upward([_node(x) for x in asked], above, set())[0]
     later: dict[Node, list[nn.Parameter]] = defaultdict(list)
     now: list[nn.Parameter] = []
@@ -56,7 +58,8 @@ def input_half(
         o.detach_()
     _add(now, found[len(asked) :])
     of_inputs = {id(x): g for x, g in zip(asked, found)}
-    return tuple(of_inputs.get(id(x)) for x in inputs), [Branch(n, came[n], later[n]) for n in later if n in came]
+    branches = [Branch(n, came[n], later[n], _owner(n, above)) for n in later if n in came]
+    return tuple(of_inputs.get(id(x)) for x in inputs), branches
 
 
 def weight_half(branches: list[Branch]) -> None:
@@ -79,6 +82,13 @@ def _node(t: Tensor) -> Node:
     """What a tensor's gradient goes to. A leaf's node is made when it is first used."""
     node = t.grad_fn or cast(Node, t.view_as(t).grad_fn).next_functions[0][0]
     return cast(Node, node)
+
+
+def _owner(node: Node, above: Mapping[Node, Sequence[Node]]) -> Node:
+    """The nearest node that keeps this one's graph alive: one that is defined in Python does not, before torch 2.13."""
+    while isinstance(node, torch._C._FunctionBase):
+        node = above[cast(Node, node)][0]
+    return node
 
 
 def _parents(roots: Sequence[Node]) -> dict[Node, list[Node]]:
