@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -426,6 +427,7 @@ def main() -> None:
         if os.environ.get("ABYSSAL_TRACEBACK") or (isinstance(error, ArithmeticError) and not diverged):
             raise
         if (diverged or isinstance(error, ConfigError | FileExistsError)) and os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # when one rank ends torchrun ends the others, and the first has yet to tell
             sys.exit(2)  # what every rank found is told once
         Console(stderr=True).print(f"abyssal: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2)

@@ -105,6 +105,7 @@ def train(config: TrainConfig, resume: bool = False, console: Console | None = N
     if interrupted is not None:
         console.print(f"stopped by {interrupted.name} after step {trainer.done} of {config.steps}; go on with: "
                       f"{_again(config)}", highlight=False, soft_wrap=True)  # fmt: skip
+        accord.wait()  # torchrun ends all ranks as soon as one has ended
         return RunResult(out, trainer.done, trainer.seconds, None, out / METRICS, None, last, interrupted)
 
     if accord.first:
