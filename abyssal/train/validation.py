@@ -37,7 +37,14 @@ class Validator:
         """`modules`: the model's MTP modules, whose accuracy is measured too."""
         self.modules = modules
         self.batches = _first(token_set.split("validation"), most, batch_tokens, sequence)
-        self._bytes_of = _bytes_of(Tokenizer.load(token_set.tokenizer), token_set)
+        self._bytes_of = _bytes_of(Tokenizer.load(token_set.tokenizer), token_set.vocab_size)
+
+    @classmethod
+    def of(cls, batches: list[Batch], tokenizer: Tokenizer, modules: int = 0) -> "Validator":
+        """Of any batches of this tokenizer's tokens."""
+        made = cls.__new__(cls)
+        made.modules, made.batches, made._bytes_of = modules, batches, _bytes_of(tokenizer, tokenizer.vocab_size)
+        return made
 
     def measure(self, measured: Callable[[Microbatch], Measured]) -> Validation:
         """A pass over the tokens, of which `measured` is what a batch, on the CPU, comes to. Losses are summed in
@@ -71,11 +78,11 @@ def _first(split: Split, most: int, batch_tokens: int, sequence: int) -> list[Ba
     return batches
 
 
-def _bytes_of(tokenizer: Tokenizer, token_set: TokenSet) -> Tensor:
+def _bytes_of(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
     """[vocab] int64: the bytes of text that each token stands for; the tokens that begin and end a text stand for
     none."""
-    sizes = torch.zeros(token_set.vocab_size, dtype=torch.int64)
-    for token in range(token_set.vocab_size):
+    sizes = torch.zeros(vocab_size, dtype=torch.int64)
+    for token in range(vocab_size):
         try:
             sizes[token] = len(tokenizer.token_bytes(token))
         except ValueError:  # an id that the tokenizer lacks

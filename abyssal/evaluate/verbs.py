@@ -1,0 +1,132 @@
+"""`abyssal eval`: its words. What it does lies in the files beside this."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from abyssal.files import model_folder
+
+if TYPE_CHECKING:
+    from abyssal.engine import LLM
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint's folder, a run's folder, or a hub id.", metavar="MODEL")],
+    tasks: Annotated[
+        str | None, typer.Option(help="Sets by name, files of JSON lines, and lm-eval's own tasks, with commas.")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Measure bits a byte of this file's or folder's text, and MTP acceptance.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first questions of each set.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Examples before a question. [default: each set's own]")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask by the checkpoint's chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="What a system says first.")] = None,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Run the code that the model writes, in a sandbox: for HumanEval, MBPP.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures, settings and versions here.")] = None,
+    answers: Annotated[
+        Path | None,
+        typer.Option(help="Keep every answer in this file, and take those that are there. [default: beside --json]"),
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of context. [default: the model's]")] = None,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a scoring pass. [default: 4096; GPU 32768]")
+    ] = None,
+    max_batch: Annotated[int, typer.Option(help="Texts generated at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of drawn examples and sampled texts.")] = 0,
+    speculation: Annotated[bool, typer.Option(help="Draft with the MTP modules, where the model has them.")] = True,
+    compiled: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the decoding step. [default: where it pays]"),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float64. [default: as stored]")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 ...")] = "cpu",
+) -> None:
+    """Evaluate a model on benchmark sets, or on any text. Cut short, the same command goes on where it was."""
+    if (tasks is None) == (text is None):
+        raise ValueError("eval: expected --tasks or --text, and one of them")
+    if dtype not in (None, "float32", "bfloat16", "float64"):
+        raise ValueError(f"dtype: expected float32, bfloat16 or float64, got {dtype!r}")
+    folder = model_folder(model)
+    if text is not None:
+        llm = _llm(folder, dtype, device, max_batch, speculation, compiled)
+        return _text(llm, model, text, max_length, batch_tokens, json_file)
+    try:
+        from abyssal.evaluate.lm import EngineLM, weights_of
+        from abyssal.evaluate.run import Asked, tasks_of
+        from abyssal.evaluate.run import evaluate as run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error.name} is not installed; pip install 'abyssal[eval]'") from error
+    names = tuple(name for name in (tasks or "").split(",") if name)
+    asked = Asked(names, limit, shots, chat, system, seed, run_code)
+    loaded = tasks_of(asked)  # all that can be refused is, before a weight is read
+    if answers is None and json_file is not None:
+        answers = json_file.with_suffix(".answers.jsonl")
+    from abyssal.checkpoint import local_folder
+
+    folder = str(local_folder(folder))
+    lm = EngineLM(
+        _llm(folder, dtype, device, max_batch, speculation, compiled), max_length=max_length, batch_tokens=batch_tokens,
+        answers=answers, name=weights_of(folder), seed=seed,
+    )  # fmt: skip
+    with lm.journal:
+        report = run(lm, model, loaded, asked)
+    Console().print(report.table())
+    counts, said = lm.counts, Console(stderr=True)
+    if counts.reused:
+        said.print(f"{counts.reused:,} of {counts.requests:,} answers were in {answers}", soft_wrap=True)
+    if counts.truncated:
+        said.print(
+            f"{counts.truncated:,} inputs were longer than {lm.max_length:,} tokens and lost their first "
+            f"{counts.truncated_tokens:,} together", style="yellow", soft_wrap=True,
+        )  # fmt: skip
+    if counts.shortened:
+        said.print(f"{counts.shortened:,} texts could not be as long as their task allows", style="yellow")
+    if json_file is not None:
+        report.write(json_file)
+        said.print(f"figures: {json_file}; answers: {answers}", highlight=False, soft_wrap=True)
+
+
+def _llm(folder: str, dtype: str | None, device: str, batch: int, speculation: bool, compiled: bool | None) -> "LLM":
+    import torch
+
+    from abyssal.engine import LLM
+
+    with Console(stderr=True).status(f"loading {folder}"):
+        kind = getattr(torch, dtype) if dtype else None
+        drafts = None if speculation else 0
+        return LLM(folder, dtype=kind, device=device, max_batch=batch, drafts=drafts, compiled=compiled)
+
+
+def _text(
+    llm: "LLM", model: str, path: Path, sequence: int | None, batch_tokens: int | None, json_file: Path | None
+) -> None:
+    from rich.progress import Progress
+
+    from abyssal.data.tokenizer import write_file
+    from abyssal.evaluate.text import measure_text
+
+    if llm.tokenizer is None:
+        raise ValueError("tokenizer: an evaluation needs one")
+    length = sequence or llm.options.context
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("text", total=None)
+        found = measure_text(
+            llm.model, llm.tokenizer, path, length, batch_tokens or 4096,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    settings = {"dtype": str(llm.model.embed.weight.dtype).removeprefix("torch."), "sequence": length}
+    told: dict[str, Any] = {"model": model, "text": str(path), **settings, **asdict(found)}
+    print(f"bits a byte   {found.bits_per_byte:.4f}")
+    print(f"nats a token  {found.loss:.4f}, {found.tokens:,} tokens of {found.bytes:,} bytes")
+    for d, (accuracy, accepted) in enumerate(zip(found.mtp_accuracy, found.mtp_accepted), 1):
+        print(f"MTP module {d}  {accuracy:.1%} of tokens guessed, {accepted:.1%} of drafts accepted")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        write_file(json_file, (json.dumps(told, indent=2) + "\n").encode())
