@@ -4,9 +4,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from abyssal.data import TokenSet
+from abyssal.parallel import Mesh
+from abyssal.parallel.spread import Piece
 from abyssal.train import TrainConfig
 from abyssal.train.trainer import Trainer
 
@@ -63,12 +67,22 @@ def whole_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """This rank's gradients, each made whole."""
     if not trainer.config.mesh:
         return {name: g.clone() for name, g in trainer.optimizer.gradients()}
-    from abyssal.parallel.gather import whole
-
     return {
         piece.name: whole(piece.param.grad.to_local(), piece, trainer.spread.mesh).clone()
         for piece in trainer.spread.parameters()
     }
+
+
+def whole(local: Tensor, piece: Piece, mesh: Mesh) -> Tensor:
+    """The whole tensor of which every rank of the stage gives its piece, divided as `piece` is."""
+    p = piece.param
+    assert isinstance(p, DTensor)
+    full = DTensor.from_local(local, p.device_mesh, p.placements, shape=p.shape, stride=p.stride()).full_tensor()
+    if piece.split is None:
+        return full
+    parts = [torch.empty_like(full) for _ in range(mesh.size(piece.split.axis))]
+    dist.all_gather(parts, full.contiguous(), group=mesh.group(piece.split.axis))
+    return torch.cat(parts, piece.split.dims[piece.name.rpartition(".")[2]])
 
 
 def compare(ours: Steps, one: Steps, rtol: float = 2e-5) -> None:
