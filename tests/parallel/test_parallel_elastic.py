@@ -173,8 +173,10 @@ def test_sigterm_to_torchrun_saves_the_state(tokens: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_killed_whole_many_times_while_a_state_is_written(tokens: Path, tmp_path: Path) -> None:
-    whole = undisturbed(tokens, tmp_path / "whole", steps=120)
-    out, log, draw, torn = tmp_path / "killed", tmp_path / "log", random.Random(), 0
+    whole, out, log, draw, torn = tmp_path / "whole", tmp_path / "killed", tmp_path / "log", random.Random(), 0
+    # Of as many ranks: over so many steps the errors of sums in another order grow beyond any bound worth testing.
+    with torchrun(prepare(tokens, whole, "dp=2", steps=120, save_every=1000), log) as process:
+        assert process.wait(300) == 0
     command = prepare(tokens, out, "dp=2", steps=120, save_every=1)
     for _ in range(8):
         reached = told(out)
@@ -186,7 +188,9 @@ def test_killed_whole_many_times_while_a_state_is_written(tokens: Path, tmp_path
     with torchrun(command, log) as process:
         assert process.wait(300) == 0
     assert torn > 0, "no state was left half written: the test has shown nothing"
-    same(out, whole)
+    ours, theirs = ([[r["step"], *(r[key] for key in (*CURVE, "grad_norm"))] for r in read_metrics(f / "metrics.jsonl")]
+                    for f in (out, whole))  # fmt: skip
+    assert ours == theirs
 
 
 @pytest.mark.slow
