@@ -20,7 +20,6 @@ class Journal:
         """Raises ValueError naming the line of a file that is no journal."""
         self.path, self.identity = path, identity
         self.known: dict[str, Any] = {}
-        self.found = 0  # answers that were asked for and stood here
         self._stream = None
         if path is None:
             return
@@ -36,9 +35,7 @@ class Journal:
 
     def get(self, key: str) -> Any:
         """The answer, or None."""
-        answer = self.known.get(key)
-        self.found += answer is not None
-        return answer
+        return self.known.get(key)
 
     def put(self, answers: list[tuple[str, Any]]) -> None:
         """Keeps answers, which are on the disk when this returns."""

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from conftest import TEXTS
+from evaluate_model import TEXTS
 from lm_eval.api.instance import Instance
 from tokenizers.processors import TemplateProcessing
 

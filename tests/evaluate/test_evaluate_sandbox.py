@@ -30,6 +30,24 @@ def ends(program: str, limits: Limits = QUICK) -> Verdict:
     return run(textwrap.dedent(program), limits)
 
 
+def done_of(actions: tuple[str, ...]) -> list[str]:
+    """Those of the actions that a program could do, each tried in the same process."""
+    program = f"""
+        done = []
+        for action in {actions!r}:
+            try:
+                exec(action, {{}})
+                done.append(action)
+            except Exception:
+                pass
+        assert not done, done
+    """
+    verdict = ends(program, Limits(seconds=10))
+    if verdict.end == "passed":
+        return []
+    return [action for action in actions if repr(action) in verdict.why] or [verdict.why]
+
+
 @needs_holding
 def test_a_program_that_computes_passes_with_the_library_at_hand() -> None:
     program = """
@@ -75,16 +93,22 @@ def test_there_is_no_network(family: str) -> None:
 
 
 @needs_holding
+def test_these_tests_would_see_what_is_not_refused() -> None:
+    assert done_of(("1 / 0", "import os; os.getpid()", "x = 'y'")) == ["import os; os.getpid()", "x = 'y'"]
+
+
+@needs_holding
 def test_no_process_and_no_thread_is_made() -> None:
     """A fork bomb is one refusal."""
-    for program in (
-        "import os\nwhile True: os.fork()", "import subprocess; subprocess.run(['true'])",
+    assert ends("import os\nwhile True: os.fork()").why.startswith("PermissionError")
+    actions = (
+        "import subprocess; subprocess.run(['true'])",
         "import os; os.execv('/bin/true', ['true'])", "import os; os.posix_spawn('/bin/true', ['true'], {})",
         "import threading; threading.Thread(target=print).start()", "import multiprocessing as m; m.Process().start()",
         "import ctypes; assert ctypes.CDLL(None).fork() >= 0",
         "import ctypes; assert ctypes.CDLL(None).syscall(56, 17, 0, 0, 0, 0) >= 0",
-    ):  # fmt: skip
-        assert ends(program).end == "failed", program
+    )  # fmt: skip
+    assert done_of(actions) == []
 
 
 @needs_holding
@@ -94,7 +118,7 @@ def test_no_file_is_written_removed_or_changed_anywhere(tmp_path: Path) -> None:
     mine.chmod(0o644)
     before = mine.stat()
     library = Path(os.__file__).with_name("abyssal_test_file.py")
-    for program in (
+    actions = (
         f"open({str(tmp_path / 'new')!r}, 'w')", f"open({str(mine)!r}, 'a')", f"open({str(library)!r}, 'w')",
         f"import os; os.open({str(mine)!r}, os.O_RDONLY | os.O_TRUNC)", f"import os; os.remove({str(mine)!r})",
         f"import os; os.truncate({os.__file__!r}, 0)", f"import os; os.open({os.__file__!r}, os.O_TRUNC)",
@@ -102,8 +126,8 @@ def test_no_file_is_written_removed_or_changed_anywhere(tmp_path: Path) -> None:
         f"import os; os.mkdir({str(tmp_path / 'folder')!r})", f"import os; os.utime({str(mine)!r}, (1, 1))",
         f"import os; os.symlink('/', {str(tmp_path / 'link')!r})", "import tempfile; tempfile.TemporaryFile()",
         "open('/dev/shm/abyssal', 'w')", "import os; os.memfd_create('hog')",
-    ):  # fmt: skip
-        assert ends(program).end == "failed", program
+    )  # fmt: skip
+    assert done_of(actions) == []
     assert os.listdir(tmp_path) == ["mine"] and mine.read_text() == "kept" and not library.exists()
     assert (mine.stat().st_mode, mine.stat().st_mtime_ns) == (before.st_mode, before.st_mtime_ns)
     assert Path(os.__file__).stat().st_size > 0
@@ -120,7 +144,7 @@ def test_no_file_but_the_librarys_is_read(tmp_path: Path) -> None:
 
 @needs_holding
 def test_others_are_not_signalled_traced_or_limited() -> None:
-    for program in (
+    actions = (
         f"import os; os.kill({os.getpid()}, 0)", "import os; os.kill(0, 9)", "import os; os.kill(-1, 0)",
         f"import os; os.sched_setaffinity({os.getpid()}, [0])", "import os; os.nice(1)",
         f"import resource as r; r.prlimit({os.getpid()}, r.RLIMIT_NOFILE)",
@@ -128,8 +152,8 @@ def test_others_are_not_signalled_traced_or_limited() -> None:
         f"import os, fcntl; fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, {os.getpid()})",
         f"import ctypes; assert ctypes.CDLL(None).ptrace(16, {os.getpid()}, 0, 0) == 0",
         "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000) == 0",
-    ):  # fmt: skip
-        assert ends(program).end == "failed", program
+    )  # fmt: skip
+    assert done_of(actions) == []
 
 
 @needs_holding
@@ -161,7 +185,7 @@ def test_open_files_are_bounded() -> None:
 def test_time_is_bounded_whatever_a_program_does_about_it(program: str) -> None:
     started = time.monotonic()
     assert ends(program, Limits(seconds=0.5)).end == "timeout"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
 
 
 @needs_holding

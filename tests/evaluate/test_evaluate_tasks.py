@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("math_verify")
 
-from conftest import TEXTS
+from evaluate_model import TEXTS
 from lm_eval import evaluator
 from lm_eval.api.model import LM
 from typer.testing import CliRunner
