@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from abyssal.train import TrainConfig
 
 app = typer.Typer(
-    help="DeepSeek-V3, whole: inspect, train, plan, export, generate, chat, serve.",
+    help="DeepSeek-V3, whole: inspect, train, plan, export, generate, chat, serve, eval, study, bench.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
