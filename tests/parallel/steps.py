@@ -91,5 +91,6 @@ def compare(ours: Steps, one: Steps, rtol: float = 2e-5) -> None:
         scale = one.gradients[name].abs().max().item()
         torch.testing.assert_close(gradient, one.gradients[name], rtol=1e-4, atol=2e-6 * max(scale, 1.0), msg=name)
     for number, (a, b) in enumerate(zip(ours.losses, one.losses, strict=True)):
-        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=rtol * (1 + number), atol=1e-6)
+        torch.testing.assert_close(torch.tensor(a[:-1]), torch.tensor(b[:-1]), rtol=rtol * (1 + number), atol=1e-6)
+        assert abs(a[-1] / b[-1] - 1) < 10 * rtol * (1 + number)  # the gradient's norm, which errors move more
     assert ours.violations[0] == one.violations[0]
