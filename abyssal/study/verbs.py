@@ -2,8 +2,9 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -61,6 +62,52 @@ def study_caches(
     )
     with Console(stderr=True).status("counting") as status:
         result = study_cache(settings, command(), status.update)
+    show(result, places)
+
+
+@study.command("balance")
+def study_balancing(
+    seeds: Annotated[int | None, typer.Option(help="Runs of each variant, with seeds 0, 1 ... Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 100.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 2048.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 256.")] = None,
+    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 200000.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
+    layers: Annotated[int | None, typer.Option(help="The first is dense. Default: 4.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Of a layer. Default: 16.")] = None,
+    chosen: Annotated[int | None, typer.Option(help="Experts that a token picks. Default: 4.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 2048.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Weight of the auxiliary losses. Default: 0.01.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Of the biases, a step. Default: 0.01.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
+        "runs/study-balance"
+    ),
+    out: Out = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+    quick: Quick = False,
+) -> None:
+    """No balance, an auxiliary loss, a sequence-wise one, auxiliary-loss-free: MaxVio, loss, specialisation.
+
+    Five variants of a small model are trained one after the other, each with every seed.
+    """
+    from abyssal.study.balance import Settings, study_balance
+    from abyssal.study.output import Places
+
+    places = Places(out, json_file, picture)
+    given: dict[str, Any] = {
+        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
+        "layers": layers, "experts": experts, "chosen": chosen, "vocab": vocab, "alpha": alpha, "speed": speed,
+        "lr": lr, "data": data, "device": device,
+    }  # fmt: skip
+    settings = Settings.quick() if quick else Settings()
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    result = study_balance(settings, work, command(), Console(stderr=True))
     show(result, places)
 
 
