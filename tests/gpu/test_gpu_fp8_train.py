@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from tiny import randomised
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
@@ -12,7 +13,6 @@ from abyssal.model.packing import Packing
 from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp, serves
 from abyssal.train.fp8 import apply_fp8
-from tests.model.tiny import randomised
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny import random_tokens, randomised, tiny_config
 from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,6 @@ from abyssal.model.transformer import Transformer
 from abyssal.ops.fp8 import dequantize, quantize
 from abyssal.ops.fp8_train import fp8_train_linear, fp8_train_mlp, round_blocks, round_rows
 from abyssal.train.fp8 import Fp8Linear, Fp8MLP, apply_fp8, remove_fp8
-from tests.model.tiny import random_tokens, randomised, tiny_config
 
 few = settings(max_examples=25, deadline=None)
 sizes = st.integers(1, 300)
