@@ -96,6 +96,7 @@ def same(out: Path, whole: Path) -> None:
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-6)
 
 
+@pytest.mark.slow  # half a minute
 def test_a_rank_killed_in_mid_step_costs_the_steps_since_the_last_state(tokens: Path, tmp_path: Path) -> None:
     whole = undisturbed(tokens, tmp_path / "whole", steps=18)
     out, log = tmp_path / "killed", tmp_path / "log"
