@@ -13,6 +13,20 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_file(path: Path, data: bytes | memoryview) -> None:
+    """Writes a file so that under its name there is either all of it, on the disk, or what was there before."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync(path.parent)
+
+
 def model_folder(model: str) -> str:
     """The folder that a model is read from: a run's folder stands for the model in it."""
     inner = Path(model) / "model"

@@ -18,7 +18,8 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from abyssal.data.sources import Document, documents
-from abyssal.data.tokenizer import Tokenizer, write_file
+from abyssal.data.tokenizer import Tokenizer
+from abyssal.files import write_file
 
 FORMAT = 1
 INDEX, TOKENIZER_FOLDER = "index.json", "tokenizer"

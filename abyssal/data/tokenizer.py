@@ -7,7 +7,6 @@ import copy
 import datetime
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -19,7 +18,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from abyssal.files import sync
+from abyssal.files import write_file
 
 BOS, EOS, USER, ASSISTANT = "<|begin_of_text|>", "<|end_of_text|>", "<|user|>", "<|assistant|>"
 
@@ -323,17 +322,6 @@ class Detokenizer:
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
-
-
-def write_file(path: Path, data: bytes | memoryview) -> None:
-    """Writes a file so that under its name there is either all of it, on the disk, or what was there before."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def _from_tiktoken(data: bytes, config: dict[str, Any]) -> dict[str, Any]:

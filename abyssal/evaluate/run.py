@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from abyssal.data.tokenizer import write_file
 from abyssal.evaluate import sets
 from abyssal.evaluate.lm import EngineLM, told
 from abyssal.evaluate.tasks import SetTask
+from abyssal.files import write_file
 
 PACKAGES = ("abyssal", "torch", "lm-eval", "math-verify", "datasets", "tokenizers", "numpy")
 

@@ -109,8 +109,8 @@ def _text(
 ) -> None:
     from rich.progress import Progress
 
-    from abyssal.data.tokenizer import write_file
     from abyssal.evaluate.text import measure_text
+    from abyssal.files import write_file
 
     if llm.tokenizer is None:
         raise ValueError("tokenizer: an evaluation needs one")

@@ -1,10 +1,9 @@
 """Where a study's result goes: checked before the study runs, and each file written whole or not at all."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from abyssal.files import sync
+from abyssal.files import write_file
 from abyssal.study.page import page
 from abyssal.study.result import Result
 
@@ -37,7 +36,7 @@ class Places:
         """Writes what is wanted and returns the files."""
         written = [] if self.folder is None else save(result, self.folder)
         if self.json is not None:
-            write_whole(self.json, result.to_json().encode())
+            write_file(self.json, result.to_json().encode())
             written.append(self.json)
         if self.picture is not None:
             written += _write_pictures(result, self.picture)
@@ -49,8 +48,8 @@ def save(result: Result, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     pictures = _write_pictures(result, folder / f"{result.name}.png")
     html, numbers = folder / f"{result.name}.html", folder / f"{result.name}.json"
-    write_whole(html, page([result], result.title).encode())
-    write_whole(numbers, result.to_json().encode())
+    write_file(html, page([result], result.title).encode())
+    write_file(numbers, result.to_json().encode())
     return [numbers, html, *pictures]
 
 
@@ -69,19 +68,8 @@ def picture_path(first: Path, index: int) -> Path:
 def _write_pictures(result: Result, first: Path) -> list[Path]:
     paths = [picture_path(first, i) for i in range(len(result.pictures))]
     for path, picture in zip(paths, result.pictures):
-        write_whole(path, picture.png)
+        write_file(path, picture.png)
     return paths
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Replaces `path` by `data` at once: a reader sees the file of before or this one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def ints(option: str, text: str) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from abyssal.data import Batch, Tokenizer, TokenSet, documents, prepare
-from abyssal.data.tokenizer import write_file
+from abyssal.files import write_file
 
 LITERALS, LETTERS = 32, 40  # a table has so many at least, none longer
 SHORTEST = 64  # bytes of a document that is kept

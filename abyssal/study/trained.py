@@ -24,9 +24,9 @@ from torch import Tensor
 
 import abyssal
 from abyssal.config import ModelConfig
+from abyssal.files import write_file
 from abyssal.model.objective import Measured, Microbatch
 from abyssal.model.transformer import Transformer
-from abyssal.study.output import write_whole
 from abyssal.study.texts import Texts, short_digest
 from abyssal.train.config import TrainConfig
 from abyssal.train.trainer import Trainer, resolve_device
@@ -194,7 +194,7 @@ def _train(plan: Plan, variant: Variant, seed: int, folder: Path, advance: Calla
     made = Trained(
         variant.name, seed, loss, violation, checks, counts, tokens, parameters, seconds, folder
     )  # fmt: skip
-    write_whole(folder / RUN, made.to_json().encode())  # last: where it is, the run is whole
+    write_file(folder / RUN, made.to_json().encode())  # last: where it is, the run is whole
     return made
 
 

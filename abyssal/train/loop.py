@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from abyssal.data import Tokenizer
-from abyssal.data.tokenizer import write_file
+from abyssal.files import write_file
 from abyssal.model.transformer import Transformer
 from abyssal.ops.startup import announced
 from abyssal.parallel.accord import Accord

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from abyssal.data.tokenizer import write_file
+from abyssal.files import write_file
 
 Record = dict[str, Any]
 

@@ -1,6 +1,7 @@
 """What every study is made of: a result that survives its JSON, a page that needs nothing else, whole files."""
 
 import base64
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from abyssal.study import output
-from abyssal.study.output import Places, load, save, write_whole
+from abyssal.files import write_file
+from abyssal.study.output import Places, load, save
 from abyssal.study.page import page
 from abyssal.study.result import Grid, Picture, Result
 
@@ -127,14 +128,14 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 def test_a_write_that_fails_leaves_the_file_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    write_whole(path, b"before")
+    write_file(path, b"before")
 
-    def full(path: Path) -> None:
+    def full(descriptor: int) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(output, "sync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="no space"):
-        write_whole(path, b"after")
+        write_file(path, b"after")
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
