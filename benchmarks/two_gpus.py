@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +31,11 @@ from abyssal.data import Batch
 from abyssal.model.balance import Balance, max_violation
 from abyssal.model.objective import LossScales, Microbatch
 from abyssal.model.transformer import Transformer
-from abyssal.parallel import Mesh, MeshShape, Spread
+from abyssal.parallel import Mesh, MeshShape
 from abyssal.parallel.mesh import start
-from abyssal.train.alone import Alone
+from abyssal.train.alone import spread_as
 from abyssal.train.config import TrainConfig
-from abyssal.train.optimizer import Kept, Optimizer
-from abyssal.train.wrap import wrap_blocks
+from abyssal.train.optimizer import Optimizer
 
 Interval = tuple[float, float]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -56,20 +54,10 @@ class Run:
              "sequence": wanted.length, "accumulate": shape.batches, "reshard": not wanted.keep,
              "mesh": "" if wanted.mesh == "alone" else wanted.mesh, "recompute": wanted.recompute}
         )  # fmt: skip
-        self.spread: Alone | Spread
-        settings = config.model_settings()
-        if wanted.mesh == "alone":
-            self.spread = Alone(drawn(settings, device), config, device, torch.bfloat16)
-            kept = self.spread.parameters()
-        else:
-            device = start(device)
-            mesh = Mesh(shape, device.type)
-            wrap = partial(wrap_blocks, config=config)
-            self.spread = Spread(
-                drawn(settings, device), mesh, device, torch.bfloat16, config.reshard, wrap, accumulate=shape.batches
-            )
-            kept = [Kept(p.name, p.param, p.local) for p in self.spread.parameters()]
-        self.optimizer = Optimizer(kept, config)
+        device = start(device) if config.mesh else device
+        mesh = Mesh(shape, device.type) if config.mesh else None
+        self.spread = spread_as(config, drawn(config.model_settings(), device), mesh, device, torch.bfloat16)
+        self.optimizer = Optimizer(self.spread.parameters(), config)
         model = self.spread.model
         self.balance = Balance(model.gates())
         self.first = not dist.is_initialized() or dist.get_rank() == 0
@@ -80,7 +68,7 @@ class Run:
         lengths = [wanted.length] * wanted.sequences
         self.batches = [
             Microbatch.of(
-                Batch(torch.randint(settings.vocab_size, (sum(lengths),), generator=generator), lengths,
+                Batch(torch.randint(model.config.vocab_size, (sum(lengths),), generator=generator), lengths,
                       torch.ones(sum(lengths))), len(model.mtp),
             ) for _ in range(4)
         ]  # fmt: skip

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from abyssal.engine.sampling import Sampling
+from abyssal.ops.device import sent
 from abyssal.ops.sample import Adjust, Settings
 
 
 def upload(values: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A list or array to the device, without waiting for it."""
-    tensor = torch.as_tensor(np.asarray(values)).to(dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return sent(torch.as_tensor(np.asarray(values)).to(dtype), device)
 
 
 class Slots:

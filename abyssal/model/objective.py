@@ -7,7 +7,7 @@ a whole sequence is asked for through `whole`, which sums a tensor over the piec
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.model.balance import (
+    Balance,
     Sequences,
     Whole,
     alone,
@@ -26,6 +27,7 @@ from abyssal.model.experts import Routing
 from abyssal.model.packing import Packing, shift
 from abyssal.model.transformer import Transformer
 from abyssal.ops.cross_entropy import CHUNK_LOGITS, linear_cross_entropy
+from abyssal.ops.device import sent
 
 
 class Packed(Protocol):
@@ -77,8 +79,7 @@ class Microbatch:
             return self
 
         def move(t: Tensor) -> Tensor:
-            pinned = t.pin_memory() if device.type == "cuda" and t.device.type == "cpu" else t
-            return pinned.to(device, non_blocking=True)
+            return sent(t, device)
 
         packing, spans = self.packing, self.spans
         moved: dict[str, Any] = {
@@ -215,6 +216,24 @@ class Objective(nn.Module):
         """How well the main model and, where the batch is for them, the MTP modules predict; without gradients."""
         with torch.no_grad():
             return Measured.of(self.model, micro)
+
+
+def passes(
+    objective: Objective, microbatches: Sequence[Microbatch], totals: Totals, scales: LossScales, balance: Balance,
+    device: torch.device, after_each: Callable[[], None] = lambda: None,
+) -> Tensor:  # fmt: skip
+    """Forward and backward over microbatches, each brought to `device` for its pass. Returns the sums of loss, main
+    loss, balance loss and the MTP modules' losses, `[3 + modules]`."""
+    sums = []
+    for micro in microbatches:
+        loss = objective(micro.to(device), totals, scales)
+        loss.total.backward()
+        after_each()
+        if balance.gates:
+            balance.observe(loss.routings, loss.live)
+        sums.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
+        del loss  # and what its routings hold, before the next forward pass
+    return torch.stack(sums).sum(0)
 
 
 def prediction_losses(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.ops.device import capability
+from abyssal.ops.device import capability, sent
 
 ALIGNED = 16  # bytes: kernels read so many at a time
 
@@ -104,10 +104,7 @@ class OnePass:
         ]  # fmt: skip
         found = [0 if g is None else g.data_ptr() for g in fit]
         if self._last is None or self._last[0] != found:  # mostly they lie where they lay a step before
-            table = torch.tensor(found, dtype=torch.int64)
-            device = self._steps.device
-            table = table.pin_memory() if device.type == "cuda" else table
-            self._last = found, table.to(device, non_blocking=True)
+            self._last = found, sent(torch.tensor(found, dtype=torch.int64), self._steps.device)
         return self._last[1], dtypes == {torch.bfloat16}, fit
 
 

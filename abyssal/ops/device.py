@@ -24,6 +24,13 @@ def assumed(generation: tuple[int, int]) -> Iterator[None]:
         _ASSUMED.reset(token)
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x`, on its way to `device`. From the CPU it goes by pinned memory: from other memory a copy to a GPU would first
+    wait for all that the GPU has yet to do."""
+    pinned = device.type == "cuda" and x.device.type == "cpu"
+    return (x.pin_memory() if pinned else x).to(device, non_blocking=True)
+
+
 def capability(x: Tensor) -> tuple[int, int]:
     """The compute capability of the NVIDIA GPU that `x` lies on, (9, 0) for Hopper.
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from abyssal.model.balance import Balance
-from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals
+from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals, passes
 from abyssal.model.transformer import Transformer
+from abyssal.ops.device import sent
 from abyssal.parallel.context import spread_context
 from abyssal.parallel.cut import cut, padded
 from abyssal.parallel.experts import spread_experts
@@ -33,7 +34,7 @@ class Piece(NamedTuple):
 
     name: str
     param: nn.Parameter  # a DTensor over the ranks that hold the same values
-    local: Tensor  # this rank's piece, float32 or wider, sharing its memory; may be empty
+    master: Tensor  # this rank's piece, float32 or wider, sharing its memory; may be empty
     split: Split | None
 
 
@@ -101,14 +102,7 @@ class Spread:
         if self.pipeline is not None:
             sums = self.pipeline.run([piece.to(self.device) for piece in pieces], totals, scales, balance)
         else:
-            parts = []
-            for piece in pieces:
-                loss = self.objective(piece.to(self.device), totals, scales)
-                loss.total.backward()
-                if balance.gates:
-                    balance.observe(loss.routings, loss.live)
-                parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
-            sums = torch.stack(parts).sum(0)
+            sums = passes(self.objective, pieces, totals, scales, balance, self.device)
         collect()
         dist.all_reduce(sums, group=self.mesh.group(*AXES))
         return sums
@@ -148,8 +142,7 @@ class Spread:
 
     def _everywhere(self, sums: Tensor) -> Tensor:
         """Adds a step's totals up over the readers."""
-        # From memory that is not pinned a copy would first wait for all that the GPU has yet to do.
-        sums = (sums.pin_memory() if self.device.type == "cuda" else sums).to(self.device, non_blocking=True)
+        sums = sent(sums, self.device)
         dist.all_reduce(sums, group=self.mesh.group(*DATA))
         return sums.to(self.wide)
 

@@ -23,13 +23,12 @@ from abyssal.model.transformer import Transformer
 from abyssal.ops.device import assumed
 from abyssal.parallel import Mesh, MeshShape, Spread
 from abyssal.parallel.cut import cut
-from abyssal.parallel.mesh import AXES, DATA, STAGE
+from abyssal.parallel.mesh import STAGE
 from abyssal.plan.order import Order, order_of
 from abyssal.plan.work import NODE, Traffic, Work
-from abyssal.train.alone import Alone
+from abyssal.train.alone import Alone, spread_as
 from abyssal.train.config import TrainConfig
-from abyssal.train.optimizer import Kept, Optimizer
-from abyssal.train.wrap import splits_backward, wrap_blocks
+from abyssal.train.optimizer import Optimizer
 
 DEVICE = torch.device("cpu")  # of the fake tensors: torch's builds without CUDA cannot name another
 HOPPER = (9, 0)
@@ -70,9 +69,7 @@ def walk(config: TrainConfig, model: ModelConfig, stage: int) -> tuple[Walk, Ord
         with torch.device("meta"):
             made = Transformer(model)
         if mesh is not None:
-            micro = cut(micro, mesh)  # where there are values to cut by; the groups are made of values, too
-            for axes in (STAGE, DATA, AXES, ("cp", "tp"), *(tuple(a for a in STAGE if a != axis) for axis in STAGE)):
-                mesh.group(*axes)
+            micro = cut(micro, mesh)  # where there are values to cut by
         with FakeTensorMode(allow_non_fake_inputs=True), assumed(HOPPER):
             return _walk(config, made, micro, mesh, Walk(rank, stage), work)
 
@@ -82,24 +79,8 @@ def _walk(
 ) -> tuple[Walk, Order | None]:
     narrow = torch.bfloat16
     ghost(model, torch.float32 if mesh else narrow)
-    spread: Alone | Spread
-    if mesh is None:
-        spread = Alone(model, config, DEVICE, narrow)
-        kept = spread.parameters()
-    else:
-        wrap = lambda m: wrap_blocks(m, config)  # noqa: E731
-        spread = Spread(
-            model,
-            mesh,
-            DEVICE,
-            narrow,
-            config.reshard,
-            wrap,
-            config.schedule,
-            config.accumulate,
-            splits_backward(config),
-        )
-        kept = [Kept(p.name, p.param, p.local) for p in spread.parameters()]
+    spread = spread_as(config, model, mesh, DEVICE, narrow)
+    kept = spread.parameters()
     optimizer = Optimizer(kept, config)
     balance = Balance(model.gates())
     found.numbers = sum(k.master.numel() for k in kept)

@@ -1,22 +1,20 @@
 """A step's forward and backward passes on one device. `abyssal.parallel` has the same over many."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from abyssal.model.balance import Balance
-from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals
+from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals, passes
 from abyssal.model.transformer import Transformer
+from abyssal.ops.device import sent
+from abyssal.parallel import Mesh, Spread
 from abyssal.parallel.spread import place
 from abyssal.train.config import TrainConfig
 from abyssal.train.optimizer import Kept
-from abyssal.train.wrap import wrap_blocks
-
-
-def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in: float32 or wider."""
-    return torch.promote_types(dtype, torch.float32)
+from abyssal.train.wrap import splits_backward, wrap_blocks
 
 
 class Alone:
@@ -47,25 +45,14 @@ class Alone:
         """Forward and backward over all of a step's microbatches, which lie on the CPU; `collect` is called after each.
         Returns the sums of loss, main loss, balance loss and the MTP modules' losses, `[3 + modules]`."""
         totals = Totals.of(microbatches, self._here)
-        parts = []
-        for micro in microbatches:
-            loss = self.objective(micro.to(self.device), totals, scales)
-            loss.total.backward()
-            collect()
-            if balance.gates:
-                balance.observe(loss.routings, loss.live)
-            parts.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
-            del loss  # and what its routings hold, before the next forward pass
-        return torch.stack(parts).sum(0)
+        return passes(self.objective, microbatches, totals, scales, balance, self.device, collect)
 
     def measure(self, micro: Microbatch) -> Measured:
         """Of a batch on the CPU."""
         return self.objective.measure(micro.to(self.device))
 
     def _here(self, sums: Tensor) -> Tensor:
-        sums = sums.to(wide_of(self.dtype))
-        # From memory that is not pinned a copy would first wait for all that the GPU has yet to do.
-        return (sums.pin_memory() if self.device.type == "cuda" else sums).to(self.device, non_blocking=True)
+        return sent(sums.to(torch.promote_types(self.dtype, torch.float32)), self.device)
 
     def norms(self, squares: Tensor) -> Tensor:
         """The norms by part and over all, `[parts + 1]`, from the sums of squares by part."""
@@ -77,3 +64,15 @@ class Alone:
     def of_all_gates(self, violation: Tensor) -> Tensor:
         """What is known of this rank's gates, of all gates."""
         return violation
+
+
+def spread_as(
+    config: TrainConfig, model: Transformer, mesh: Mesh | None, device: torch.device, dtype: torch.dtype
+) -> Alone | Spread:
+    """The model as a run has it: over a mesh, or on one device. Raises ConfigError or ValueError for what cannot be."""
+    if mesh is None:
+        return Alone(model, config, device, dtype)
+    wrap = partial(wrap_blocks, config=config)
+    return Spread(
+        model, mesh, device, dtype, config.reshard, wrap, config.schedule, config.accumulate, splits_backward(config)
+    )

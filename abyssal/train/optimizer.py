@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from abyssal.ops.adamw import OnePass, Stepped, fits
+from abyssal.parallel.spread import Piece
 from abyssal.train.config import TrainConfig
 from abyssal.train.gradients import Gradients
 from abyssal.train.muon import StackedMuon
@@ -26,17 +27,17 @@ MASTER = "master"
 
 
 class Kept(NamedTuple):
-    """A parameter that the optimizer steps."""
+    """A parameter that the optimizer steps, of a model on one device; of one on many it is a `Piece`."""
 
     name: str
     param: nn.Parameter  # the model's, in the dtype it computes in; its gradient appears here
-    master: Tensor  # what is stepped: the parameter itself, this rank's piece of it, or its float32 original
+    master: Tensor  # what is stepped: the parameter itself, or its float32 original
 
 
 class Optimizer:
     """Steps the masters, and copies them to parameters that are not their own masters."""
 
-    def __init__(self, kept: Sequence[Kept], config: TrainConfig) -> None:
+    def __init__(self, kept: Sequence[Kept | Piece], config: TrainConfig) -> None:
         self.config = config
         self.names = [k.name for k in kept]
         self.params = [k.param for k in kept]

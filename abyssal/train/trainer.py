@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from abyssal.parallel import Mesh, MeshShape, Spread
 from abyssal.parallel.accord import LONG, Accord
 from abyssal.parallel.mesh import start
 from abyssal.parallel.state import described
-from abyssal.train.alone import Alone
+from abyssal.train.alone import Alone, spread_as
 from abyssal.train.config import TrainConfig
 from abyssal.train.diagnose import NotFinite, bad_gradient, first_not_finite, first_of_ranks, watched
 from abyssal.train.lanes import Lanes
-from abyssal.train.optimizer import Kept, Optimizer
+from abyssal.train.optimizer import Optimizer
 from abyssal.train.parts import PARTS
 from abyssal.train.schedule import bias_speed, learning_rate, mtp_weight
 from abyssal.train.state import Part, begin_state, load_state, read_trainer, save_state, whole
-from abyssal.train.wrap import splits_backward, unwrapped, wrap_blocks
+from abyssal.train.wrap import unwrapped
 
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
 FREE = {
@@ -140,25 +140,16 @@ class Trainer:
         generator = torch.Generator().manual_seed(config.seed)
         # Always initialised on the CPU and in float32, so that a seed means one model everywhere.
         self.model = Transformer(model).init_weights(generator)
-        self.spread: Alone | Spread
         self.accord = accord or Accord(bool(config.mesh))
         self._writer: StateWriter | None = None
         self._part: Part = whole
-        if config.mesh:
-            mesh = Mesh(MeshShape.parse(config.mesh), self.device.type)
-            wrap = partial(wrap_blocks, config=config)
-            halves = splits_backward(config)
-            self.spread = Spread(
-                self.model, mesh, self.device, self.dtype, config.reshard, wrap, config.schedule, config.accumulate,
-                halves,
-            )  # fmt: skip
+        mesh = Mesh(MeshShape.parse(config.mesh), self.device.type) if config.mesh else None
+        self.spread = spread_as(config, self.model, mesh, self.device, self.dtype)
+        self.optimizer = Optimizer(self.spread.parameters(), config)
+        if mesh is not None and isinstance(self.spread, Spread):
             pieces = {p.name: p for p in self.spread.parameters()}
-            self.optimizer = Optimizer([Kept(p.name, p.param, p.local) for p in pieces.values()], config)
             self._part = lambda name, local: described(local, pieces[name], mesh)
             self._writer = StateWriter(dist.new_group(backend="gloo", timeout=LONG), self.device)
-        else:
-            self.spread = Alone(self.model, config, self.device, self.dtype)
-            self.optimizer = Optimizer(self.spread.parameters(), config)
         self.balance = Balance(self.model.gates())
         self.token_set = token_set
         self.lanes = Lanes(token_set.split("train"), config, len(self.model.mtp), *self.spread.reader)
