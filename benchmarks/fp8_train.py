@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_step import milliseconds
 from torch import Tensor
 
 import abyssal
@@ -196,7 +197,7 @@ def steps(shape: str, compiled: bool, least: int, profiled: bool) -> None:
         for name in took:
             names = apply_fp8(model, least) if name == "fp8" else []
             torch.cuda.reset_peak_memory_stats()
-            took[name] += list(every(step, 3, 5))
+            took[name] += list(milliseconds(step, 5, warm=3))
             peak[name] = torch.cuda.max_memory_allocated() / 2**30
             if profiled and len(took[name]) <= 5:
                 print(f"{name}: {len(names)} modules in FP8")
@@ -208,18 +209,6 @@ def steps(shape: str, compiled: bool, least: int, profiled: bool) -> None:
         print(f"{shape} {name}: {median:.1f} ms ({min(took[name]):.1f}-{max(took[name]):.1f}), "
               f"{TOKENS / median * 1e3:.0f} tokens/s, peak {peak[name]:.1f} GiB", flush=True)  # fmt: skip
     print(f"{shape}{', compiled' * compiled}: FP8 is {medians['bf16'] / medians['fp8']:.3f} times bf16", flush=True)
-
-
-def every(run: Callable[[], object], warm: int, times: int) -> list[float]:
-    for _ in range(warm):
-        run()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        run()
-        mark.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:])]
 
 
 def profile(run: Callable[[], object], most: int) -> None:

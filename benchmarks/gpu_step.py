@@ -134,8 +134,8 @@ def prefilling(model: Transformer, chunk: int, prompts: int = 8, length: int = 4
     return run
 
 
-def milliseconds(run: Callable[[], None], times: int) -> list[float]:
-    for _ in range(2):
+def milliseconds(run: Callable[[], object], times: int, warm: int = 2) -> list[float]:
+    for _ in range(warm):
         run()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
     marks[0].record()
