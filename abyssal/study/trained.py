@@ -45,6 +45,7 @@ class Variant:
     label: str
     model: ModelConfig
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of TrainConfig
+    embeddings: float = 1.0  # times the first embeddings are as they are drawn (Vaswani et al. 2017, 3.4: sqrt(D))
 
 
 class Check(NamedTuple):
@@ -111,6 +112,7 @@ class Plan:
             "model": variant.model.to_dict(),
             "texts": self.texts.fingerprint,
             "made_by": [str(device), str(dtype), abyssal.__version__, str(torch.__version__), platform.machine()],
+            **({"embeddings": variant.embeddings} if variant.embeddings != 1 else {}),
         }
         return self.folder / f"{variant.name}-{seed}-{short_digest(made)}"
 
@@ -169,6 +171,7 @@ def _train(plan: Plan, variant: Variant, seed: int, folder: Path, advance: Calla
     start = time.perf_counter()
     config = plan.config(variant, seed)
     trainer = Trainer(config, variant.model, plan.texts.tokens)
+    _scale_embeddings(trainer, variant.embeddings)
     loss: list[float] = []
     violation: list[list[float]] = []
     checks: list[Check] = []
@@ -217,6 +220,16 @@ def measure(trainer: Trainer, texts: Texts) -> tuple[Check, dict[str, list[list[
         bits += found.bits_per_byte * found.bytes
         size += found.bytes
     return Check(trainer.done, bits / max(size, 1), by_kind), counts
+
+
+@torch.no_grad()
+def _scale_embeddings(trainer: Trainer, times: float) -> None:
+    """Before the first step; the optimizer's original of them, too, where the model has a rounded copy."""
+    own = trainer.optimizer.names.index("embed.weight")
+    param, master = trainer.optimizer.params[own], trainer.optimizer.masters[own]
+    master.mul_(times)
+    if master is not param:
+        param.copy_(master)
 
 
 def _gates(model: ModelConfig) -> int:
