@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from abyssal.bench.verbs import bench
-from abyssal.evaluate.verbs import evaluate
+from abyssal.evaluate.verbs import Verb, evaluate
 from abyssal.files import model_folder
 from abyssal.study.verbs import study
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(bench, name="bench")
-app.command("eval")(evaluate)
+app.command("eval", cls=Verb)(evaluate)
 app.add_typer(study, name="study")
 
 Model = Annotated[str, typer.Argument(help="A checkpoint's folder, a run's folder, or a hub id.", metavar="MODEL")]

@@ -63,10 +63,14 @@ class Report:
     seconds: float
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
+    def text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
     def write(self, path: Path) -> None:
         """As JSON, all of it or nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_file(path, self.text().encode())
 
     def table(self) -> Table:
         """A row a figure."""

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens that follow tokens, many pairs at once: exactly what a forward pass says.
 
-Pairs whose inputs are beginnings of one another are read from one pass, so four one-letter answers to a question cost
-one. Passes are packed, longest first, and the head is computed for the rows that are asked about.
+What inputs begin with alike is computed once: see `prefixes.py`. Passes are packed, and the head is computed for the
+rows that are asked about.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from abyssal.model.packing import Packing
+from abyssal.evaluate.prefixes import LEAST, common, states_of
 from abyssal.model.transformer import Transformer
 from abyssal.ops.cross_entropy import CHUNK_LOGITS
 
@@ -53,8 +53,8 @@ def fitted(pair: Pair, most: int) -> tuple[tuple[int, ...], int]:
 def score(
     model: Transformer, pairs: Sequence[Pair], most: int, batch_tokens: int
 ) -> Iterator[list[tuple[int, Scored]]]:
-    """Each pair's place and score, a batch at a time, in no order. No pass has more than `batch_tokens` tokens, or one
-    sequence; no sequence more than `most`."""
+    """Each pair's place and score, a batch at a time, in no order. No pass has, or attends to, more than `batch_tokens`
+    tokens, or one sequence; no sequence has more than `most`."""
     inputs = [fitted(pair, most)[0] for pair in pairs]
     hosts: list[tuple[tuple[int, ...], list[_Row]]] = []
     # Sorted, what begins others stands before them: an input is a part of the next one, or of none.
@@ -65,36 +65,36 @@ def score(
             hosts[-1][1].append(row)
         else:
             hosts.append((own, [row]))
-    hosts.sort(key=lambda host: -len(host[0]))
     at = 0
     while at < len(hosts):
         end, total = at + 1, len(hosts[at][0])
-        while end < len(hosts) and total + len(hosts[end][0]) <= batch_tokens:
-            total += len(hosts[end][0])
+        while end < len(hosts):
+            shared = common(hosts[end - 1][0], hosts[end][0])
+            total += len(hosts[end][0]) - (shared if shared >= LEAST else 0)
+            if total > batch_tokens:
+                break
             end += 1
-        yield _batch(model, pairs, hosts[at:end])
+        yield _batch(model, pairs, hosts[at:end], batch_tokens)
         at = end
 
 
 @torch.no_grad()
 def _batch(
-    model: Transformer, pairs: Sequence[Pair], hosts: Sequence[tuple[tuple[int, ...], list[_Row]]]
+    model: Transformer,
+    pairs: Sequence[Pair],
+    hosts: Sequence[tuple[tuple[int, ...], list[_Row]]],
+    most: int,
 ) -> list[tuple[int, Scored]]:
-    device = model.embed.weight.device
-    tokens = torch.tensor([id for own, _ in hosts for id in own], dtype=torch.int64)
-    packing = Packing.of([len(own) for own, _ in hosts], tokens.to(device))
-    states = model.hidden(tokens.to(device), packing).states
+    states, places = states_of(model, [own for own, _ in hosts], most)
     rows: list[int] = []
     targets: list[int] = []
     parts: list[tuple[int, int]] = []
-    start = 0
-    for own, asked in hosts:
+    for (_, asked), own in zip(hosts, places):
         for row in asked:
-            rows += range(start + row.begin, start + row.end)
+            rows += own[row.begin : row.end].tolist()
             targets += pairs[row.pair].targets
             parts.append((row.pair, row.end - row.begin))
-        start += len(own)
-    logprobs, likeliest = _of_rows(model, states, torch.tensor(rows, device=device), torch.tensor(targets))
+    logprobs, likeliest = _of_rows(model, states, torch.tensor(rows, device=states.device), torch.tensor(targets))
     found, begin = [], 0
     for pair, count in parts:
         own_rows = slice(begin, begin + count)

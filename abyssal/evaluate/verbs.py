@@ -7,11 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from abyssal.files import model_folder
 
 if TYPE_CHECKING:
     from abyssal.engine import LLM
+
+OUTPUT = "-"  # names the standard output, where a file is expected
+
+
+class Verb(TyperCommand):
+    """`eval`, whose `--json` may come without a file: last, or before another option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The words, each `--json` with what it names."""
+        whole: list[str] = []
+        for word, following in zip(args, [*args[1:], "--"]):
+            whole += [word, OUTPUT] if word == "--json" and following.startswith("--") else [word]
+        return super().parse_args(ctx, whole)
 
 
 def evaluate(
@@ -29,10 +43,19 @@ def evaluate(
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run the code that the model writes, in a sandbox: for HumanEval, MBPP.")
     ] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write figures, settings and versions here.")] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json",
+            metavar="[FILE]",
+            help="Write figures, settings and versions there; without a file, on the standard output.",
+        ),
+    ] = None,
     answers: Annotated[
         Path | None,
-        typer.Option(help="Keep every answer in this file, and take those that are there. [default: beside --json]"),
+        typer.Option(
+            help="Keep every answer in this file, and take those that are there. [default: beside the file of --json]"
+        ),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of context. [default: the model's]")] = None,
     batch_tokens: Annotated[
@@ -66,7 +89,8 @@ def evaluate(
     names = tuple(name for name in (tasks or "").split(",") if name)
     asked = Asked(names, limit, shots, chat, system, seed, run_code)
     loaded = tasks_of(asked)  # all that can be refused is, before a weight is read
-    if answers is None and json_file is not None:
+    to_output = str(json_file) == OUTPUT
+    if answers is None and json_file is not None and not to_output:
         answers = json_file.with_suffix(".answers.jsonl")
     from abyssal.checkpoint import local_folder
 
@@ -77,8 +101,8 @@ def evaluate(
     )  # fmt: skip
     with lm.journal:
         report = run(lm, model, loaded, asked)
-    Console().print(report.table())
     counts, said = lm.counts, Console(stderr=True)
+    (said if to_output else Console()).print(report.table())
     if counts.reused:
         said.print(f"{counts.reused:,} of {counts.requests:,} answers were in {answers}", soft_wrap=True)
     if counts.truncated:
@@ -88,7 +112,9 @@ def evaluate(
         )  # fmt: skip
     if counts.shortened:
         said.print(f"{counts.shortened:,} texts could not be as long as their task allows", style="yellow")
-    if json_file is not None:
+    if to_output:
+        print(report.text(), end="")
+    elif json_file is not None:
         report.write(json_file)
         said.print(f"figures: {json_file}; answers: {answers}", highlight=False, soft_wrap=True)
 
@@ -123,10 +149,14 @@ def _text(
         )  # fmt: skip
     settings = {"dtype": str(llm.model.embed.weight.dtype).removeprefix("torch."), "sequence": length}
     told: dict[str, Any] = {"model": model, "text": str(path), **settings, **asdict(found)}
+    written = json.dumps(told, indent=2) + "\n"
+    if str(json_file) == OUTPUT:
+        print(written, end="")
+        return
     print(f"bits a byte   {found.bits_per_byte:.4f}")
     print(f"nats a token  {found.loss:.4f}, {found.tokens:,} tokens of {found.bytes:,} bytes")
     for d, (accuracy, accepted) in enumerate(zip(found.mtp_accuracy, found.mtp_accepted), 1):
         print(f"MTP module {d}  {accuracy:.1%} of tokens guessed, {accepted:.1%} of drafts accepted")
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(json_file, (json.dumps(told, indent=2) + "\n").encode())
+        write_file(json_file, written.encode())

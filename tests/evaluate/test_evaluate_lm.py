@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 pytest.importorskip("lm_eval")
 
@@ -17,6 +19,7 @@ from tokenizers.processors import TemplateProcessing
 from abyssal import LLM
 from abyssal.evaluate.journal import Journal
 from abyssal.evaluate.lm import EngineLM
+from abyssal.evaluate.prefixes import common, states_of, tree
 from abyssal.evaluate.score import Pair, fitted, score
 
 GREEDY = {"until": ["\n"], "max_gen_toks": 12, "do_sample": False}
@@ -106,6 +109,57 @@ def test_scores_of_a_batch_are_those_of_each_pair_alone(folder: Path) -> None:
         own = logits.gather(1, torch.tensor(pair.targets)[:, None]).sum()
         assert found[i].logprob == pytest.approx(float(own), abs=1e-9)
         assert found[i].greedy == bool((logits.argmax(-1) == torch.tensor(pair.targets)).all())
+
+
+def test_what_questions_begin_with_is_computed_once(folder: Path) -> None:
+    """Examples before all questions, and each question before its choices, in passes of 48 tokens of context."""
+    model = LLM(folder, dtype=torch.float64, drafts=0).model
+    draw = random.Random(5)
+    examples = tuple(draw.randrange(300) for _ in range(18))
+    questions = [tuple(draw.randrange(300) for _ in range(17 + i)) for i in range(3)]
+    choices = [tuple(draw.randrange(300) for _ in range(2 + i)) for i in range(4)]
+    pairs = [Pair(examples + question, choice) for question in questions for choice in choices]
+    seen = []
+    hook = model.embed.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[0]))
+    found = dict(x for batch in score(model, pairs, 64, 128) for x in batch)
+    hook.remove()
+    # A choice's last token predicts nothing; no choice begins another.
+    assert sum(seen) == 18 + 17 + 18 + 19 + 3 * (1 + 2 + 3 + 4)
+    for i, pair in enumerate(pairs):
+        tokens = torch.tensor(pair.context + pair.targets)
+        logits = model(tokens[:-1], [len(tokens) - 1]).log_softmax(-1)[-len(pair.targets) :]
+        own = logits.gather(1, torch.tensor(pair.targets)[:, None]).sum()
+        assert found[i].logprob == pytest.approx(float(own), abs=1e-9)
+
+
+@given(
+    st.sets(st.lists(st.integers(0, 2), min_size=1, max_size=9).map(tuple), min_size=1, max_size=12), st.integers(1, 4)
+)
+def test_a_tree_holds_every_sequence_and_nothing_twice(some: set[tuple[int, ...]], least: int) -> None:
+    whole = sorted(some)
+    sequences = [a for a, b in zip(whole, [*whole[1:], ()]) if common(a, b) < len(a)]
+    segments, last = tree(sequences, least)
+    for sequence, at in zip(sequences, last):
+        read, end = [], len(sequence)
+        while at >= 0:
+            s = segments[at]
+            assert s.end == end and s.start < s.end and s.before < at
+            read[:0], at, end = sequences[s.sequence][s.start : s.end], s.before, s.start
+        assert tuple(read) == sequence and end == 0
+    begins = [sequences[s.sequence][: s.end] for s in segments if s.before >= 0 or least == 1]
+    assert len(set(begins)) == len(begins) or least > 1
+    assert all(s.end - s.start >= least for i, s in enumerate(segments) if i in {t.before for t in segments})
+
+
+def test_states_are_placed_by_token(folder: Path) -> None:
+    model = LLM(folder, dtype=torch.float64, drafts=0).model
+    front = tuple(range(20, 40))
+    sequences = [(*front, 5), (*front, 6, 7), (50, 51)]
+    states, places = states_of(model, sequences, 1000)
+    assert states.shape[0] == 20 + 1 + 2 + 2
+    for own, rows in zip(sequences, places):
+        alone, _ = states_of(model, [own], 1000)
+        torch.testing.assert_close(states[torch.as_tensor(rows)], alone)
 
 
 def test_a_pass_holds_no_more_tokens_than_asked_and_shared_beginnings_once(
@@ -222,3 +276,17 @@ def test_a_conversation_is_rendered_by_the_checkpoints_template_and_may_be_begun
     begun = [*asked, {"role": "assistant", "content": "It is"}]
     assert lm.apply_chat_template(begun, False) == "<|begin_of_text|><|user|>2 + 2?<|assistant|>It is"
     assert lm.tok_encode("<|begin_of_text|><|user|>a")[:2] == [0, 2]
+
+
+def test_a_few_texts_are_not_worth_compiling_and_many_are(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the engine counts, any of these would be; what the user says is kept."""
+    from abyssal.evaluate import lm as module
+
+    monkeypatch.setattr(module, "can_compile", lambda device: True)
+    mine, compiled = ours(folder), []
+    monkeypatch.setattr(LLM, "stream", lambda self, prompts, sampling: compiled.append(self.compiled) or iter(()))
+    for count in (20, 5000):
+        list(mine._texts([("The", {"until": [], "max_gen_toks": 60})] * count, [0] * count))
+    mine.llm.compiled = True
+    list(mine._texts([("The", {})], [0]))
+    assert compiled == [False, True, True] and mine.llm.compiled is True

@@ -350,6 +350,19 @@ def test_the_verb_writes_figures_with_versions_and_goes_on_from_its_answers(
     assert repeated["counts"]["reused"] == repeated["counts"]["requests"] == 10
 
 
+def test_json_without_a_file_is_all_of_the_standard_output(folder: Path, packages: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXTS[0])
+    tasks = ["--tasks", "gpqa_diamond,gsm8k", "--shots", "0", "--limit", "2"]
+    for words in ([*tasks, "--json"], ["--json", *tasks], [*tasks, "--json", "-"]):
+        result = CliRunner().invoke(app, ["eval", str(folder), *words])
+        assert result.exit_code == 0, result.output
+        assert {f["task"] for f in json.loads(result.stdout)["figures"]} == {"gpqa_diamond", "gsm8k"}
+        assert "gpqa_diamond" in result.stderr  # the table
+    assert not list(folder.glob("*answers*")) and not list(tmp_path.glob("*.json*"))
+    result = CliRunner().invoke(app, ["eval", str(folder), "--text", str(tmp_path / "text.txt"), "--json"])
+    assert json.loads(result.stdout)["bits_per_byte"] > 0
+
+
 def test_the_verb_refuses_before_it_reads_a_weight(folder: Path, packages: Path, tmp_path: Path) -> None:
     def refused(*words: str) -> str:
         error = CliRunner().invoke(app, ["eval", str(tmp_path / "no-model"), *words]).exception
