@@ -111,6 +111,53 @@ def study_balancing(
     show(result, places)
 
 
+@study.command("experts")
+def study_experts_shapes(
+    seeds: Annotated[int | None, typer.Option(help="Runs of each shape, with seeds 0, 1 ... Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 80.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 2048.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 128.")] = None,
+    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 600000.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
+    layers: Annotated[int | None, typer.Option(help="All have experts. Default: 3.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Large ones of a layer. Default: 16.")] = None,
+    chosen: Annotated[int | None, typer.Option(help="Large ones that a token picks. Default: 2.")] = None,
+    expert_width: Annotated[int | None, typer.Option(help="Of a large one. Default: 128.")] = None,
+    parts: Annotated[int | None, typer.Option(help="Small ones that a large one is cut into. Default: 4.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 1024.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Of the balancing biases, a step. Default: 0.01.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
+        "runs/study-experts"
+    ),
+    out: Out = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+    quick: Quick = False,
+) -> None:
+    """Few large experts or many small ones, with and without a shared one, at equal parameters.
+
+    Bits a byte over seeds, what each expert takes, and what it costs to take experts out of the trained models.
+    """
+    from abyssal.study.experts import Settings, study_experts
+    from abyssal.study.output import Places
+
+    places = Places(out, json_file, picture)
+    given: dict[str, Any] = {
+        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
+        "layers": layers, "experts": experts, "chosen": chosen, "expert_width": expert_width, "parts": parts,
+        "vocab": vocab, "speed": speed, "lr": lr, "data": data, "device": device,
+    }  # fmt: skip
+    settings = Settings.quick() if quick else Settings()
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    result = study_experts(settings, work, command(), Console(stderr=True))
+    show(result, places)
+
+
 def command() -> str:
     """The line that this process was started with."""
     return shlex.join(["abyssal", *sys.argv[1:]])

@@ -1,0 +1,261 @@
+"""Study 4, experts: few large ones or many small ones, with and without a shared one, at equal parameters.
+
+DeepSeekMoE (Dai et al. 2024), sections 3 and 4.2 to 4.5; DeepSeek-V3, section 2.1.2.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from abyssal.config import ModelConfig
+from abyssal.study.balance_tables import texts_of
+from abyssal.study.experts_claims import claims
+from abyssal.study.experts_measure import Found, Measurer
+from abyssal.study.experts_pictures import heat, outcome
+from abyssal.study.experts_shapes import Shape, check_equal, counted, shapes
+from abyssal.study.experts_tables import (
+    alikeness,
+    by_kind,
+    disabled,
+    of_taken,
+    papers,
+    sizes,
+    tokens,
+    verdicts,
+)
+from abyssal.study.experts_tables import outcome as outcome_table
+from abyssal.study.experts_tokens import Taker
+from abyssal.study.result import Result, machine
+from abyssal.study.texts import open_texts
+from abyssal.study.trained import Plan, Trained, Variant, train_all
+from abyssal.train.config import TrainConfig
+from abyssal.train.trainer import resolve_device
+
+CLAIM = (
+    "Cutting experts finer, of which more are combined, and isolating shared ones lets experts specialise: at equal "
+    "parameters and equal activated parameters the model predicts better (DeepSeekMoE, sections 3, 4.2 and 4.4), and "
+    "its experts are less redundant (4.5). DeepSeek-V3 is built so (section 2.1.2)."
+)
+LEARNT = 1.0  # nats that a loss falls at least in a run that says anything
+TOLD = ("few", "fine_shared")  # whose tokens are told
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run is `steps` of `batch` tokens in sequences of `sequence`; `text` bytes at most of each kind are read, and
+    `held_out` sequences of each measured.
+
+    Few large: `chosen` of `experts`, each `expert_width` wide. Many small: each of these cut into `parts`. `speed`
+    moves the biases that balance all of them. Raises ValueError naming the setting.
+
+    The default is 15 runs of 80 steps, in DeepSeekMoE's numbers of experts. A step took 0.21 s (dense) to 0.33 s (fine)
+    of a core's time, the held-out texts 0.6 to 1.4 s, four times a run and up to eight times after it (process time
+    over four steps, one thread, a busy machine): 450 s of one core, and less of the clock on two.
+    """
+
+    seeds: int = 3
+    steps: int = 80
+    batch: int = 2048
+    sequence: int = 128
+    text: int = 600_000
+    held_out: int = 24
+    layers: int = 3  # all have experts, as in DeepSeekMoE's 2B (section 4.1.3)
+    width: int = 128
+    experts: int = 16
+    chosen: int = 2
+    expert_width: int = 128
+    parts: int = 4
+    vocab: int = 1024
+    lr: float = 3e-3
+    speed: float = 0.01
+    device: str | None = None
+    data: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.seeds < 2:
+            raise ValueError(f"seeds: expected two or more, there is no spread of {self.seeds}")
+        least = {
+            "steps": 4, "batch": 1, "sequence": 2, "held_out": 1, "layers": 1, "width": 1, "vocab": 260, "text": 1000,
+            "parts": 2, "chosen": 2, "experts": 4,
+        }  # fmt: skip
+        for name, number in least.items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
+        for name in ("speed", "lr"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        if self.expert_width < 1 or self.expert_width % self.parts:
+            raise ValueError(f"expert_width: expected a multiple of the {self.parts} parts, got {self.expert_width}")
+        most = self.experts - self.levels()[-1]
+        if self.chosen > most:
+            raise ValueError(
+                f"chosen: expected at most {most}, the experts that are left when a quarter of {self.experts} is "
+                f"masked, got {self.chosen}"
+            )
+
+    @staticmethod
+    def quick() -> "Settings":
+        """The smallest that goes all the way: seconds."""
+        return Settings(
+            seeds=2, steps=8, batch=256, sequence=32, text=8_000, held_out=6, layers=2, width=32, experts=4, chosen=2,
+            expert_width=16, parts=2, vocab=300,
+        )  # fmt: skip
+
+    def levels(self) -> list[int]:
+        """How many large experts are masked: none, and up to a quarter, as in DeepSeekMoE's figure 4."""
+        return sorted({round(self.experts * i / 16) for i in range(5)})
+
+    def shapes(self) -> list[Shape]:
+        return shapes(self.experts, self.chosen, self.expert_width, self.parts)
+
+    def model(self) -> ModelConfig:
+        """DeepSeek-V3 in small, without MTP and groups of experts; a shape is yet to be put in.
+
+        A gate value is an expert's own affinity, not normalised over those chosen: of one expert that would be 1
+        whatever the gate thinks of the token, and a gate with one to choose would not be learnt. Experts that are cut
+        into parts with the same affinity compute what they did.
+        """
+        heads = max(self.width // 32, 1)
+        return ModelConfig.load("tiny").replace(
+            vocab_size=self.vocab, hidden_size=self.width, num_hidden_layers=self.layers, num_attention_heads=heads,
+            num_key_value_heads=heads, q_lora_rank=None, kv_lora_rank=max(self.width // 4, 1), qk_nope_head_dim=24,
+            qk_rope_head_dim=8, v_head_dim=32, n_group=1, topk_group=1, norm_topk_prob=False,
+            routed_scaling_factor=1.0, num_nextn_predict_layers=0, max_position_embeddings=self.sequence,
+        )  # fmt: skip
+
+    def training(self) -> dict[str, Any]:
+        """Settings of TrainConfig that all variants share."""
+        return {
+            "steps": self.steps, "batch_tokens": self.batch, "sequence": self.sequence, "lr": self.lr,
+            "warmup_steps": self.steps // 10, "decay_fraction": 0.4, "final_lr": self.lr / 10,
+            "bias_speed": self.speed, "sequence_balance": 0.0, "auxiliary_balance": 0.0, "device": self.device,
+        }  # fmt: skip
+
+    def variants(self) -> list[Variant]:
+        """A shape each."""
+        model = self.model()
+        return [Variant(shape.name, shape.label, shape.of(model)) for shape in self.shapes()]
+
+
+def study_experts(settings: Settings, folder: Path, command: str = "", console: Console | None = None) -> Result:
+    """Trains what isn't in `folder` yet, and measures all of it.
+
+    Raises ValueError before anything is trained for settings that cannot be, NotFinite for a loss that isn't.
+    """
+    console = console or Console(quiet=True)
+    all_shapes, variants = settings.shapes(), settings.variants()
+    counts = [counted(shape, settings.model()) for shape in all_shapes]
+    check_equal(counts)
+    device = str(resolve_device(TrainConfig.of({"model": "", "out": "", **settings.training()}))[0])
+    texts = open_texts(
+        folder, settings.data, settings.text, settings.vocab, settings.sequence, settings.held_out, console.print
+    )
+    runs = train_all(Plan(variants, range(settings.seeds), texts, settings.training(), folder), console)
+    start = time.perf_counter()
+    measurer = Measurer(texts, settings.levels(), settings.parts, settings.vocab, device)
+    found: dict[str, list[Found]] = {}
+    for shape in all_shapes:
+        if shape.routed is not None:
+            console.print(f"measuring {shape.label}", highlight=False)
+            found[shape.name] = [measurer.found(run, shape) for run in runs[shape.name]]
+    told = {name: measurer.takers(runs[name][0]) for name in TOLD}
+    measuring = time.perf_counter() - start
+    labels = {shape.name: shape.label for shape in all_shapes}
+    bits = {name: [run.bits_per_byte for run in of_seeds] for name, of_seeds in runs.items()}
+    said, first = claims(bits, found, labels), runs["few"][0]
+    masked = {shape.name: measurer.masked(shape) for shape in all_shapes if shape.name in found}
+    held_out = sum(len(batch.tokens) for batch in measurer.batches)
+    return Result(
+        name="experts",
+        title="Experts: few large ones or many small ones, and a shared one",
+        claim=CLAIM,
+        shown=tuple(claim.sentence() for claim in said if claim.holds),
+        not_shown=(*(claim.sentence() for claim in said if not claim.holds), *_limits(settings, first)),
+        command=command,
+        grids=(
+            papers(),
+            sizes(all_shapes, counts),
+            outcome_table(all_shapes, runs, found),
+            verdicts(said),
+            by_kind(all_shapes, runs, texts.kinds),
+            disabled(all_shapes, found, masked, settings.experts),
+            alikeness(all_shapes, found, 0, held_out),
+            *(tokens(shape, told[shape.name]) for shape in all_shapes if shape.name in told),
+            texts_of(texts, _source(settings)),
+        ),
+        pictures=(
+            outcome(all_shapes, runs, found, settings.levels(), settings.experts),
+            heat(all_shapes, found, texts.kinds, 0),
+        ),
+        numbers={
+            "settings": {**dataclasses.asdict(settings), "data": settings.data and str(settings.data)},
+            "tokens": first.tokens,
+            "texts": {**texts.about, "sha256": texts.fingerprint},
+            "claims": [claim.numbers() for claim in said],
+            "shapes": {
+                shape.name: {
+                    **dataclasses.asdict(shape),
+                    "parameters": dataclasses.asdict(size),
+                    "masked": masked.get(shape.name),
+                    "runs": [
+                        _numbers(run, found[shape.name][i] if shape.name in found else None)
+                        for i, run in enumerate(runs[shape.name])
+                    ],
+                }
+                for shape, size in zip(all_shapes, counts)
+            },
+            "takers": {name: [_takers(of_layer) for of_layer in layers] for name, layers in told.items()},
+        },
+        seeds=tuple(range(settings.seeds)),
+        seconds=sum(run.seconds for of_seeds in runs.values() for run in of_seeds) + measuring,
+        machine=machine(device),
+    )
+
+
+def _limits(settings: Settings, first: Trained) -> tuple[str, ...]:
+    last = first.loss[-max(len(first.loss) // 10, 1) :]
+    begun, ended = first.loss[0], sum(last) / len(last)
+    early = (
+        f"Anything of a trained model: the loss of {first.variant} fell from {begun:.2f} to {ended:.2f} nats only, and "
+        "what is alike so early may yet part.",
+    )
+    return (
+        *(early if begun - ended < LEARNT else ()),
+        f"What happens at the paper's size: here {first.parameters / 1e6:.1f}M parameters see {first.tokens:,} tokens, "
+        "there 2B parameters see 100B tokens. What an expert knows takes many tokens, and a small one here is "
+        f"{settings.expert_width // settings.parts} wide.",
+        "Redundancy at equal loss: section 4.5 holds DeepSeekMoE against GShard with experts 1.5 times as large, which "
+        "predicts as well as it; here shapes have equal parameters, and what disabling costs is held against each "
+        "shape's own loss.",
+        "The paper's gates and balance: they are softmax with an auxiliary loss of 0.01; here they are sigmoid with "
+        f"biases, as DeepSeek-V3's, of a speed of {settings.speed:g} that was not searched for, and not normalised "
+        "over the chosen, as DeepSeek-V3's are: of one chosen expert the value would always be 1.",
+        "That an expert knows what its tokens suggest: tables of tokens say what experts are picked for, not why.",
+    )
+
+
+def _source(settings: Settings) -> str:
+    if settings.data is not None:
+        return f"Every entry of {settings.data} is a kind; every 8th document of it is held out."
+    return (
+        "Of the Python standard library's sources, by their syntax trees: prose is a file's docstrings, tables are "
+        "lists and dictionaries of 32 or more short literals, code is the rest without its comments. Every 8th "
+        "document of a kind is held out; bits a byte are of the bytes that the held-out tokens stand for."
+    )
+
+
+def _numbers(run: Trained, found: Found | None) -> dict[str, Any]:
+    checks = [check._asdict() for check in run.checks]
+    own = {"seed": run.seed, "seconds": run.seconds, "bits_per_byte": run.bits_per_byte, "checks": checks}
+    own["loss"] = [round(loss, 4) for loss in run.loss]
+    if found is None:
+        return own
+    return {**own, **found._asdict(), "balance": found.balance._asdict(), "rise": found.rise}
+
+
+def _takers(of_layer: list[Taker]) -> list[dict[str, Any]]:
+    return [{**taker._asdict(), "tokens": [of_taken(taken) for taken in taker.tokens]} for taker in of_layer]
