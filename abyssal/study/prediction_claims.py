@@ -1,0 +1,126 @@
+"""What DeepSeek-V3 claims of multi-token prediction, and whether a run's numbers bear it out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from abyssal.study.spread import Difference
+
+TRAINING, ABLATION, INFERENCE = (f"DeepSeek-V3, section {n}" for n in ("2.2", "4.5.1", "5.4.3"))
+HERE = "asked here"
+
+# The ablation's models, and what came of them without and with MTP, a module in training, dropped afterwards.
+ABLATIONS = (
+    ("Pile-test, bits a byte", "0.729", "0.729", "0.658", "0.657"),
+    ("MMLU", "50.0", "53.3", "67.5", "66.6"),
+    ("HumanEval", "20.7", "26.8", "44.5", "53.7"),
+    ("GSM8K", "25.4", "31.4", "72.3", "74.0"),
+)
+ACCEPTED, MOST_ACCEPTED, FASTER = 0.85, 0.90, 1.8  # section 5.4.3
+ALIKE = 0.002  # of bits a byte: 0.658 and 0.657 are apart by 0.15%
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the claims are judged by: a number a seed, in the order of the seeds."""
+
+    bits: Mapping[str, Sequence[float]]  # of the main model, a variant
+    accepted: Sequence[float]  # one module, one draft, greedy
+    sampled: Sequence[float]  # the same at temperature 1
+    of_kind: Sequence[Mapping[str, float]]  # the same, greedy, a kind of text
+    second_chained: Sequence[float]  # the second place of two drafts: one module drafts again
+    second_own: Sequence[float]  # and with a second module
+    faster: Sequence[float]  # tokens a second with one draft over those without, one sequence at once
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That `found` is below (-1) or above (1) 0, or no further from it than `alike` (0)."""
+
+    where: str
+    says: str
+    compared: str  # what less what
+    expected: int
+    found: Difference
+    alike: float = 0.0
+    level: bool = False  # what is compared with is a figure of the paper, and no variant that was trained
+
+    @property
+    def holds(self) -> bool:
+        """Not what chance may have made: the whole interval is where the claim has it."""
+        if self.expected == 0:
+            return abs(self.found.mean) + self.found.margin <= self.alike
+        return self.found.sign == self.expected
+
+    @property
+    def verdict(self) -> str:
+        if self.holds:
+            return "shown"
+        if self.expected == 0:
+            return "NOT SO" if abs(self.found.mean) - self.found.margin > self.alike else "not resolved"
+        return "not resolved" if not self.found.sign else "NOT SO" if self.level else "NOT SO: the reverse"
+
+    def sentence(self) -> str:
+        """With its numbers."""
+        within = f" (alike: within {self.alike:.3f})" if self.expected == 0 else ""
+        told = "" if self.holds else f", {self.verdict}"
+        return f"{self.says} ({self.where}){told}. {self.compared}: {self.found.text()}{within}."
+
+    def numbers(self) -> dict[str, Any]:
+        return {
+            "where": self.where, "says": self.says, "compared": self.compared, "expected": self.expected,
+            "difference": self.found.mean, "margin": self.found.margin, "alike": self.alike, "verdict": self.verdict,
+        }  # fmt: skip
+
+
+def claims(n: Numbers) -> list[Claim]:
+    """Each, paired by seed."""
+    apart = Difference.of(n.bits["one"], n.bits["none"])
+    level = [0.0] * len(n.accepted)
+    unlike = [max(kinds.values()) - min(kinds.values()) for kinds in n.of_kind]
+    spread = MOST_ACCEPTED - ACCEPTED
+    return [
+        Claim(
+            TRAINING, "The main model predicts better for having been trained with MTP",
+            "Bits a byte: one module less none", -1, apart,
+        ),
+        Claim(
+            ABLATION, "Its bits a byte are as without", "Bits a byte: one module less none", 0, apart,
+            ALIKE * fmean(n.bits["none"]),
+        ),
+        Claim(
+            HERE, "A second module costs the main model nothing more", "Bits a byte: two modules less one", 0,
+            Difference.of(n.bits["two"], n.bits["one"]), ALIKE * fmean(n.bits["one"]),
+        ),
+        Claim(
+            INFERENCE, "85% or more of the drafts are accepted, in greedy decoding", "Share accepted, less 0.85", 1,
+            Difference.of(n.accepted, [ACCEPTED] * len(n.accepted)), level=True,
+        ),
+        Claim(
+            INFERENCE, "85% or more of the drafts are accepted, at temperature 1", "Share accepted, less 0.85", 1,
+            Difference.of(n.sampled, [ACCEPTED] * len(n.sampled)), level=True,
+        ),
+        Claim(
+            INFERENCE, "Acceptance is as good whatever the text is of: kinds are apart by less than 5 points",
+            "Share accepted, best less worst kind, less 0.05", -1,
+            Difference.of(unlike, [spread] * len(unlike)), level=True,
+        ),
+        Claim(
+            HERE, "Greedy text is drafted better than text drawn at temperature 1",
+            "Share accepted: greedy less drawn", 1, Difference.of(n.accepted, n.sampled),
+        ),
+        Claim(
+            TRAINING, "A second module drafts the second token better than the first one does again",
+            "Share of second drafts accepted: two modules less one", 1,
+            Difference.of(n.second_own, n.second_chained),
+        ),
+        Claim(
+            INFERENCE, "One draft makes decoding faster", "Ratio of tokens/s, less 1", 1,
+            Difference.of([ratio - 1 for ratio in n.faster], level),
+        ),
+        Claim(
+            INFERENCE, "It is 1.8 times as fast, or faster", "Ratio of tokens/s, less 1.8", 1,
+            Difference.of(n.faster, [FASTER] * len(n.faster)), level=True,
+        ),
+    ]  # fmt: skip
