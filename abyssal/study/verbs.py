@@ -158,6 +158,52 @@ def study_experts_shapes(
     show(result, places)
 
 
+@study.command("prediction")
+def study_predictions(
+    seeds: Annotated[int | None, typer.Option(help="Runs of each variant, with seeds 0, 1 ... Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 100.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 1024.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 256.")] = None,
+    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 200000.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
+    layers: Annotated[int | None, typer.Option(help="The first is dense. Default: 4.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 2048.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Of the MTP loss. Default: 0.3.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
+    texts: Annotated[int | None, typer.Option(help="Of each kind, that the engine goes on from. Default: 8.")] = None,
+    generate: Annotated[int | None, typer.Option(help="Tokens of each. Default: 64.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Texts at once, where speed is measured. Default: 1,8.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
+        "runs/study-prediction"
+    ),
+    out: Out = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+    quick: Quick = False,
+) -> None:
+    """With and without MTP: the main model, the drafts accepted by kind and position, the speed gained or lost.
+
+    Three variants of a small model are trained one after the other, each with every seed; then the engine drafts.
+    """
+    from abyssal.study.output import Places, ints
+    from abyssal.study.prediction import Settings, study_prediction
+
+    places = Places(out, json_file, picture)
+    given: dict[str, Any] = {
+        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
+        "layers": layers, "vocab": vocab, "weight": weight, "lr": lr, "texts": texts, "generate": generate,
+        "batches": None if batches is None else ints("--batches", batches), "data": data, "device": device,
+    }  # fmt: skip
+    settings = Settings.quick() if quick else Settings()
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    result = study_prediction(settings, work, command(), Console(stderr=True))
+    show(result, places)
+
+
 def command() -> str:
     """The line that this process was started with."""
     return shlex.join(["abyssal", *sys.argv[1:]])
