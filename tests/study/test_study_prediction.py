@@ -203,7 +203,7 @@ def numbers(**changes: object) -> Numbers:
     bits = {"none": [2.0, 2.1, 2.2], "one": [2.0, 2.1001, 2.2], "two": [2.0, 2.1001, 2.2]}
     kinds = [{"a": 0.5, "b": 0.51}, {"a": 0.5, "b": 0.52}, {"a": 0.53, "b": 0.5}]
     made = Numbers(bits, level, level, kinds, level, level, [1.0001, 1.0, 0.9999])
-    return dataclasses.replace(made, **changes)
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
 
 
 def judged(**changes: object) -> dict[str, str]:
