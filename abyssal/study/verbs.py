@@ -204,6 +204,55 @@ def study_predictions(
     show(result, places)
 
 
+@study.command("attention")
+def study_attentions(
+    seeds: Annotated[int | None, typer.Option(help="Runs of each rung, with seeds 0, 1 ... Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 140.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 1024.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 256.")] = None,
+    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 200000.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
+    layers: Annotated[int | None, typer.Option(help="All dense. Default: 4.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Of a layer; MLA's widths follow from theirs. Default: 8.")] = None,
+    groups: Annotated[int | None, typer.Option(help="Of GQA. Default: 2.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 2048.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
+    context: Annotated[
+        str | None, typer.Option(help="At which a token is decoded. Default: 256,1024,4096,16384.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="That trains: cpu, cuda ... Default: a GPU if there is one. Times are a CPU's.")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
+        "runs/study-attention"
+    ),
+    out: Out = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+    quick: Quick = False,
+) -> None:
+    """MHA, GQA, MQA and three of MLA at equal parameters: prediction, cache, decoding speed, heads, the algebra.
+
+    Six variants of a small model are trained one after the other, each with every seed; then they decode.
+    """
+    from abyssal.study.attention import Settings, study_attention
+    from abyssal.study.output import Places, ints
+
+    places = Places(out, json_file, picture)
+    given: dict[str, Any] = {
+        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
+        "layers": layers, "heads": heads, "groups": groups, "vocab": vocab, "lr": lr, "data": data, "device": device,
+        "contexts": ints("--context", context) if context is not None else None,
+    }  # fmt: skip
+    settings = Settings.quick() if quick else Settings()
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    result = study_attention(settings, work, command(), Console(stderr=True))
+    show(result, places)
+
+
 def command() -> str:
     """The line that this process was started with."""
     return shlex.join(["abyssal", *sys.argv[1:]])
