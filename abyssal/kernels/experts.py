@@ -7,7 +7,6 @@ the backward pass are x, the order, and the two inner products `[2, N, F]`. N = 
 the host knows that some indices are none.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +24,11 @@ STAGES = 4  # 192 of the 227 KiB of shared memory
 OPTIONS = {"num_warps": 4, "maxnreg": 168}  # of each of 384 threads; the warpgroups share them out anew
 
 
-@cache
 def _programs(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """One a multiprocessor, but for those that torch is told to leave to what runs beside (`parallel/mesh.py`): a
+    program that has to wait until another one ends would make a launch take twice as long."""
+    spared: int | None = torch._C._get_sm_carveout_experimental()
+    return torch.cuda.get_device_properties(device).multi_processor_count - (spared or 0)
 
 
 def _view(t: Tensor, rows: int, columns: int) -> TensorDescriptor:

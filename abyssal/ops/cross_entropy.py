@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from abyssal.ops.device import capability
 
@@ -134,4 +135,6 @@ def _add_product(total: Tensor | None, a: Tensor, b: Tensor, several: bool) -> T
         return torch.mm(a, b) if total is None else total.addmm_(a, b)
     if total is None:
         return torch.mm(a, b, out_dtype=torch.float32)
+    if isinstance(total, FakeTensor):  # whose addition to a wider matrix torch 2.11 has wrong
+        return total.add_(torch.mm(a, b, out_dtype=torch.float32))
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)

@@ -3,7 +3,8 @@
 A token goes once to each rank that holds any of its experts, however many, with its gate values and choices; that rank
 sends back one row for it, weighted and summed, and the token adds up the rows of its ranks. Rows that stay on their
 rank are copied, not sent. How many rows each rank gets is not known before: counts are exchanged first, and the host
-reads them, which is the only time that it waits.
+reads them, which is the only time that it waits. Of two ranks nearly every token goes to both: then all go, nothing is
+counted, and they can start before their experts are known.
 
 What is on its way takes two steps, a start and a wait, and so it does on the way back: the backward pass of a wait
 starts the exchange of gradients, and the backward pass of the start waits for it. Autograd goes back through what came
@@ -28,7 +29,7 @@ class Sizes(NamedTuple):
     sent: list[int]  # to each rank of the group; none to itself
     received: list[int]  # from each rank
     own: int  # that stay
-    choices: int  # that fall on this rank's experts, over all rows it works on
+    choices: int  # that fall on this rank's experts, over all rows it works on; as many at most, if all rows go
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Plan:
 
     group: dist.ProcessGroup
     sizes: Sizes
-    token: Tensor  # [rows] int64, the token of each
-    place: Tensor  # [T, K] int64, the row that a choice's rank gets; -1 if an earlier choice's is the same
-    row: Tensor  # [T, K] int64, the row that a choice's rank gets
+    place: Tensor  # [T, n] int64, a token's rows, each once; -1 where it has fewer than n
+    token: Tensor | None = None  # [rows] int64, the token of each; None: all tokens, for every rank
+    row: Tensor | None = None  # [T, K] int64, the row that a choice's rank gets; None: every rank's has all choices
 
     @property
     def leaving(self) -> int:
@@ -58,7 +59,7 @@ class Way:
 
     works: list[dist.Work] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)  # alive as long as it is sent from or received into
-    gradients: tuple[Tensor, Tensor] | None = None  # on the way back: of rows and gate values, as their sender has them
+    gradient: Tensor | None = None  # on the way back: of what was sent, as its sender has it
 
     def send(self, out: Tensor, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> None:
         """Starts sending `rows`, `sent` of them to each rank, and receiving `out`."""
@@ -104,7 +105,20 @@ def plan(indices: Tensor, experts: int, held: int, group: dist.ProcessGroup) -> 
 
     way.wait()
     found = sizes(counts, coming, T, K, experts, group)
-    return Plan(group, found, token[: sum(found.sent) + found.own], place, row)
+    return Plan(group, found, place, token[: sum(found.sent) + found.own], row)
+
+
+def plan_of_all(tokens: int, chosen: int, group: dist.ProcessGroup, device: torch.device) -> Plan:
+    """All of a rank's tokens go to every rank, of which each has so many."""
+    ranks, me = group.size(), group.rank()
+    others = [0 if r == me else tokens for r in range(ranks)]
+    place = torch.arange(ranks * tokens, device=device).view(ranks, tokens).T.contiguous()
+    return Plan(group, Sizes(others, others, tokens, ranks * tokens * chosen), place)
+
+
+def reached(experts: int, held: int, chosen: int) -> float:
+    """How likely an even draw of `chosen` experts has one of those that a rank holds."""
+    return 1 - comb(experts - held, chosen) / comb(experts, chosen)
 
 
 def sizes(counts: Tensor, coming: Tensor, tokens: int, chosen: int, experts: int, group: dist.ProcessGroup) -> Sizes:
@@ -115,8 +129,7 @@ def sizes(counts: Tensor, coming: Tensor, tokens: int, chosen: int, experts: int
     ranks, me = group.size(), group.rank()
     if isinstance(counts, FakeTensor) or dist.get_backend(group) == "fake":
         held = experts // ranks
-        reached = 1 - comb(experts - held, chosen) / comb(experts, chosen)
-        given = got = [[round(tokens * reached), tokens * chosen // ranks]] * ranks
+        given = got = [[round(tokens * reached(experts, held, chosen)), tokens * chosen // ranks]] * ranks
     else:
         given, got = torch.stack((counts, coming)).tolist()
     sent = [0 if r == me else given[r][0] for r in range(ranks)]
@@ -133,23 +146,27 @@ class Arrived(NamedTuple):
 
 
 class Departure(NamedTuple):
-    """Rows under way to their experts."""
+    """Under way to the ranks of the experts."""
 
-    x: Tensor  # [R, D]
-    meta: Tensor  # [R, 2K]: gate values, and experts as numbers of the same dtype
+    rows: Tensor  # [R, D] tokens, or [R, 2K]: gate values, and experts as numbers of the same dtype
     way: Way
 
 
-def depart(x: Tensor, weights: Tensor, indices: Tensor, plan: Plan) -> Departure:
-    """Starts sending tokens `x [T, D]`, their gate values and choices `[T, K]`."""
+def depart(x: Tensor, plan: Plan) -> Departure:
+    """Starts sending tokens `x [T, D]`."""
     way = Way()
-    rows, meta = _Depart.apply(x, weights, indices, plan, way)
-    return Departure(rows, meta, way)
+    return Departure(_Depart.apply(x, plan, way), way)
 
 
-def arrive(departure: Departure, plan: Plan) -> Arrived:
+def depart_choices(weights: Tensor, indices: Tensor, plan: Plan) -> Departure:
+    """Starts sending the tokens' gate values and choices, `[T, K]`."""
+    way = Way()
+    return Departure(_DepartChoices.apply(weights, indices, plan, way), way)
+
+
+def arrive(tokens: Departure, choices: Departure, plan: Plan) -> Arrived:
     """Lets what follows wait for what was sent."""
-    return Arrived(*_Arrive.apply(departure.x, departure.meta, plan, departure.way))
+    return Arrived(*_Arrive.apply(tokens.rows, choices.rows, plan, tokens.way, choices.way))
 
 
 class Return(NamedTuple):
@@ -176,10 +193,16 @@ def _scatter(x: Tensor, plan: Plan, way: Way) -> Tensor:
     """Starts sending each token's row to its ranks: `[T, D]` -> `[R, D]`, filled when `way` is waited for."""
     leaving, coming = plan.leaving, plan.coming
     out = x.new_empty(coming + plan.sizes.own, x.shape[1])
-    rows = x.new_empty(leaving, x.shape[1])
-    _pick(x, plan.token[:leaving], rows)
+    if plan.token is None:
+        rows = x if leaving == x.shape[0] else x.repeat(leaving // x.shape[0], 1)
+    else:
+        rows = x.new_empty(leaving, x.shape[1])
+        _pick(x, plan.token[:leaving], rows)
     way.send(out[:coming], rows, plan.sizes.received, plan.sizes.sent, plan.group)
-    _pick(x, plan.token[leaving:], out[coming:])
+    if plan.token is None:
+        out[coming:].copy_(x)
+    else:
+        _pick(x, plan.token[leaving:], out[coming:])
     return out
 
 
@@ -197,28 +220,45 @@ def _gather(rows: Tensor, back: Tensor, plan: Plan, way: Way) -> None:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, indices: Tensor, plan: Plan, way: Way) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, plan: Plan, way: Way) -> Tensor:
         ctx.plan, ctx.way = plan, way
-        ctx.set_materialize_grads(False)
-        # Experts are few enough to be exact in any dtype of gate values.
-        meta = _scatter(torch.cat((weights, indices.to(weights.dtype)), 1), plan, way)
-        return _scatter(x.contiguous(), plan, way), meta
+        return _scatter(x.contiguous(), plan, way)
 
     @staticmethod
-    def backward(ctx: Any, dx_rows: Tensor, _: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dx_rows: Tensor) -> tuple[Tensor | None, ...]:
         plan, way = ctx.plan, ctx.way
         way.wait()
-        (back, d_weights), way.gradients = way.gradients, None
-        dx = sum_rows((back, dx_rows[plan.coming :]), plan.place)
-        return dx, d_weights[plan.row, torch.arange(plan.row.shape[1], device=dx.device)], None, None, None
+        back, way.gradient = way.gradient, None
+        return sum_rows((back, dx_rows[plan.coming :]), plan.place), None, None
+
+
+class _DepartChoices(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, indices: Tensor, plan: Plan, way: Way) -> Tensor:
+        ctx.plan, ctx.way, ctx.chosen = plan, way, weights.shape[1]
+        ctx.set_materialize_grads(False)
+        # Experts are few enough to be exact in any dtype of gate values.
+        return _scatter(torch.cat((weights, indices.to(weights.dtype)), 1), plan, way)
+
+    @staticmethod
+    def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
+        plan, way = ctx.plan, ctx.way
+        way.wait()
+        (d_weights, way.gradient), row = (way.gradient, None), plan.row
+        if row is None:  # of experts that a rank doesn't hold it sent zeros
+            return d_weights.view(plan.group.size(), -1, ctx.chosen).sum(0), None, None, None
+        return d_weights[row, torch.arange(ctx.chosen, device=row.device)], None, None, None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, meta: Tensor, plan: Plan, way: Way) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.plan, ctx.way = plan, way
+    def forward(
+        ctx: Any, rows: Tensor, choices: Tensor, plan: Plan, way: Way, way_of_choices: Way
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.plan, ctx.way, ctx.way_of_choices = plan, way, way_of_choices
         way.wait()
-        weights, indices = meta.chunk(2, 1)
+        way_of_choices.wait()
+        weights, indices = choices.chunk(2, 1)
         indices = indices.long()
         ctx.mark_non_differentiable(indices)
         # A block is computed again when something that it kept is asked for, up to the last thing it kept. Experts that
@@ -228,15 +268,16 @@ class _Arrive(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_rows: Tensor, d_weights: Tensor, _: None) -> tuple[Tensor | None, ...]:
-        plan, way, _ = ctx.plan, ctx.way, ctx.saved_tensors
+        plan, way, way_of_choices, _ = ctx.plan, ctx.way, ctx.way_of_choices, ctx.saved_tensors
         dx_rows, d_weights = dx_rows.contiguous(), d_weights.contiguous()
-        back = dx_rows.new_empty(plan.leaving, dx_rows.shape[1])
+        # Gate values first: they are few, and the gate's own backward pass lies before the tokens are waited for.
         weights_back = d_weights.new_empty(plan.leaving + plan.sizes.own, d_weights.shape[1])
-        _gather(dx_rows, back, plan, way)
-        _gather(d_weights, weights_back[: plan.leaving], plan, way)
+        _gather(d_weights, weights_back[: plan.leaving], plan, way_of_choices)
         weights_back[plan.leaving :] = d_weights[plan.coming :]
-        way.gradients = back, weights_back
-        return dx_rows, None, None, None
+        back = dx_rows.new_empty(plan.leaving, dx_rows.shape[1])
+        _gather(dx_rows, back, plan, way)
+        way.gradient, way_of_choices.gradient = back, weights_back
+        return dx_rows, None, None, None, None
 
 
 class _GiveBack(torch.autograd.Function):

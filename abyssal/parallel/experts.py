@@ -15,9 +15,21 @@ from abyssal.model.layers import MLP, Pinned
 from abyssal.model.transformer import Transformer
 from abyssal.ops.experts import experts
 from abyssal.ops.fork import fork
-from abyssal.parallel.dispatch import Arrived, arrive, collect, depart, give_back, plan
+from abyssal.parallel.dispatch import (
+    Arrived,
+    arrive,
+    collect,
+    depart,
+    depart_choices,
+    give_back,
+    plan,
+    plan_of_all,
+    reached,
+)
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.shard import Split, Splits
+
+NEARLY_ALL = 0.9  # of a rank's tokens
 
 
 def check(config: ModelConfig, ep: int) -> None:
@@ -40,7 +52,7 @@ class HeldExperts(Pinned):
         )
 
     def forward(self, rows: Arrived, choices: int) -> Tensor:
-        """`[R, D]`: each row's sum over its experts that are held here; these are `choices` in all."""
+        """`[R, D]`: each row's sum over its experts that are held here; these are at most `choices` in all."""
         own = rows.indices - self.first
         return experts(rows.x, self.w1, self.w2, self.w3, own, rows.weights, choices=choices)
 
@@ -48,11 +60,14 @@ class HeldExperts(Pinned):
 class SpreadMoE(nn.Module):
     """An `MoE` whose routed experts lie on several ranks; the same names, and the same result."""
 
-    def __init__(self, moe: MoE, group: dist.ProcessGroup) -> None:
+    def __init__(self, moe: MoE, group: dist.ProcessGroup, alike: bool = False) -> None:
+        """`alike`: the ranks always have equally many tokens; where nearly all of them go everywhere, all do then."""
         super().__init__()
         self.group = group
         self.count = moe.gate.weight.shape[0]  # of all experts
         held = self.count // group.size()
+        chosen = moe.gate.config.num_experts_per_tok
+        self.all_go = alike and group.size() == 2 and reached(self.count, held, chosen) >= NEARLY_ALL
         self.gate = moe.gate
         self.experts = HeldExperts(moe.experts, group.rank() * held, held)
         self.shared_experts = moe.shared_experts
@@ -61,14 +76,20 @@ class SpreadMoE(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`[T, D]` -> `[T, D]` and what the gate decided, of this rank's tokens. Every rank of the group calls it."""
         x, for_gate, for_shared = fork(x, 3)
-        routing: Routing = self.gate(for_gate)
-        route = plan(routing.indices, self.count, self.experts.held, self.group)
-        departed = depart(x, routing.weights, routing.indices, route)
+        if self.all_go:
+            route = plan_of_all(x.shape[0], self.gate.config.num_experts_per_tok, self.group, x.device)
+            departed = depart(x, route)  # while the gate makes its choices
+            routing: Routing = self.gate(for_gate)
+        else:
+            routing = self.gate(for_gate)
+            route = plan(routing.indices, self.count, self.experts.held, self.group)
+            departed = depart(x, route)
+        choices = depart_choices(routing.weights, routing.indices, route)
         s = self.shared_experts
         # Where another way of spreading, or FP8, has replaced an MLP's forward it goes as one.
         in_two = s is not None and type(s).forward is MLP.forward and "forward" not in s.__dict__
         shared = None if s is None else s.hidden(for_shared) if in_two else s(for_shared)
-        returned = give_back(self.experts(arrive(departed, route), route.sizes.choices), route)
+        returned = give_back(self.experts(arrive(departed, choices, route), route.sizes.choices), route)
         if s is not None and in_two:
             shared = s.w2(shared)
         return collect(returned, route, shared), routing
@@ -80,12 +101,11 @@ def spread_experts(model: Transformer, mesh: Mesh) -> Splits:
     Raises ValueError if the ranks cannot divide them evenly.
     """
     check(model.config, mesh.shape.ep)
-    group = mesh.group("ep")
     splits: Splits = {}
     for name, module in list(model.named_modules()):
         if type(module) is MoE:
             parent, _, own = name.rpartition(".")
-            spread = SpreadMoE(module, group)
+            spread = SpreadMoE(module, mesh.exchange, alike=True)
             setattr(model.get_submodule(parent), own, spread)
             splits[spread.experts] = Split("ep", {"w1": 0, "w2": 0, "w3": 0})
     return splits

@@ -37,6 +37,7 @@ ROUTINGS: dict[str, tuple[list[list[int]], list[list[int]]]] = {
     "one token": ([[3, 0]], [[1, 0]]),
     "a rank without tokens": ([[0, 2], [3, 1]], []),
     "no tokens": ([], []),
+    "as many tokens": ([[0, 1], [1, 0], [2, 3]], [[0, 1], [3, 0], [1, 0]]),
     "every expert": ([[3, 1, 0, 2]], [[0, 1, 2, 3], [2, 3, 0, 1]]),
 }
 
@@ -48,6 +49,7 @@ class Fixed(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(E, D))
         self.weights, self.indices = weights, indices
+        self.config = CONFIG.replace(num_experts_per_tok=weights.shape[1])
 
     def forward(self, x: Tensor) -> Routing:
         return Routing(self.weights, self.indices, self.weights)
@@ -71,8 +73,8 @@ def tokens_of(rank: int, choices: list[list[int]], K: int) -> tuple[Tensor, Tens
     return x.requires_grad_(), torch.rand(T, K, generator=g, dtype=torch.float64).requires_grad_(), indices, dy
 
 
-def one_rank(names: list[tuple[str, bool]]) -> list[dict[str, Tensor]]:
-    """What a rank's tokens come to, and its gradients."""
+def one_rank(names: list[tuple[str, bool]], all_go: bool) -> list[dict[str, Tensor]]:
+    """What a rank's tokens come to, and its gradients; `all_go`: with all tokens sent to both ranks."""
     found = []
     chosen = experts._chosen
     # As on a GPU, where experts that get nothing keep nothing for the backward pass.
@@ -85,6 +87,7 @@ def one_rank(names: list[tuple[str, bool]]) -> list[dict[str, Tensor]]:
         assert group is not None
         spread = SpreadMoE(make(shared), group)
         spread.gate = Fixed(weights, indices)
+        spread.all_go = all_go
         y, _ = spread(x)
         y.backward(dy)
         assert x.grad is not None and weights.grad is not None
@@ -104,9 +107,11 @@ def gradients(moe: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
 
 
-def test_any_routing_comes_to_what_one_process_makes_of_it() -> None:
-    cases = [(name, shared) for name in ROUTINGS for shared in (True, False)]
-    results = on_ranks(2, one_rank, cases)
+@pytest.mark.parametrize("all_go", [False, True])
+def test_any_routing_comes_to_what_one_process_makes_of_it(all_go: bool) -> None:
+    alike = [name for name, both in ROUTINGS.items() if len(both[0]) == len(both[1])]
+    cases = [(name, shared) for name in (alike if all_go else ROUTINGS) for shared in (True, False)]
+    results = on_ranks(2, one_rank, cases, all_go)
     for number, (name, shared) in enumerate(cases):
         both = ROUTINGS[name]
         K = max(len(row) for choices in both for row in [*choices, [0]])
@@ -125,7 +130,7 @@ def test_any_routing_comes_to_what_one_process_makes_of_it() -> None:
             torch.testing.assert_close(joined([first[key], second[key]]), expected, msg=f"{name}: {key}")
 
 
-def order_of_events() -> tuple[list[str], list[str]]:
+def order_of_events(all_go: bool) -> tuple[list[str], list[str]]:
     """What happens in a forward and in a backward pass: starts of exchanges, waits, the shared experts' products."""
     events: list[str] = []
     send, wait = Way.send, Way.wait
@@ -144,6 +149,8 @@ def order_of_events() -> tuple[list[str], list[str]]:
     x, weights, indices, dy = tokens_of(0, [[0, 3], [2, 1]], 2)
     spread = SpreadMoE(make(True), group)
     spread.gate = Fixed(weights, indices)
+    spread.all_go = all_go
+    spread.gate.register_forward_hook(lambda *_: events.append("gate"))
     shared = spread.shared_experts
     assert shared is not None
     for name in ("w1", "w2"):
@@ -159,10 +166,13 @@ def order_of_events() -> tuple[list[str], list[str]]:
 
 
 def test_shared_experts_are_computed_between_a_start_and_its_wait() -> None:
-    for forward, backward in on_ranks(2, order_of_events):
-        counts, away, back = ["start", "wait"], ["start", "start"], ["start"]
-        assert forward == [*counts, *away, "w1", "wait", "experts", *back, "w2", "wait"]
-        assert backward == [*back, "w2", "wait", "experts", *away, "w1", "wait"]
+    counts, rest = ["start", "wait"], ["w1", "wait", "wait", "experts", "start", "w2", "wait"]
+    for forward, backward in on_ranks(2, order_of_events, False):
+        assert forward == ["gate", *counts, "start", "start", *rest]
+        assert backward == ["start", "w2", "wait", "experts", "start", "start", "w1", "wait", "wait"]
+    for forward, backward in on_ranks(2, order_of_events, True):
+        assert forward == ["start", "gate", "start", *rest]
+        assert backward == ["start", "w2", "wait", "experts", "start", "start", "w1", "wait", "wait"]
 
 
 def test_experts_that_ranks_cannot_divide_are_refused() -> None:
