@@ -24,10 +24,10 @@ from abyssal.study.experts_tables import (
     of_taken,
     papers,
     sizes,
+    table,
     tokens,
     verdicts,
 )
-from abyssal.study.experts_tables import outcome as outcome_table
 from abyssal.study.experts_tokens import Taker
 from abyssal.study.result import Result, machine
 from abyssal.study.texts import open_texts
@@ -101,13 +101,13 @@ class Settings:
     def quick() -> "Settings":
         """The smallest that goes all the way: seconds."""
         return Settings(
-            seeds=2, steps=8, batch=256, sequence=32, text=8_000, held_out=6, layers=2, width=32, experts=4, chosen=2,
+            seeds=2, steps=8, batch=256, sequence=32, text=8_000, held_out=4, layers=2, width=32, experts=4, chosen=2,
             expert_width=16, parts=2, vocab=300,
         )  # fmt: skip
 
     def levels(self) -> list[int]:
         """How many large experts are masked: none, and up to a quarter, as in DeepSeekMoE's figure 4."""
-        return sorted({round(self.experts * i / 16) for i in range(5)})
+        return sorted({self.experts * i // 16 for i in range(5)})
 
     def shapes(self) -> list[Shape]:
         return shapes(self.experts, self.chosen, self.expert_width, self.parts)
@@ -179,7 +179,7 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
         grids=(
             papers(),
             sizes(all_shapes, counts),
-            outcome_table(all_shapes, runs, found),
+            table(all_shapes, runs, found),
             verdicts(said),
             by_kind(all_shapes, runs, texts.kinds),
             disabled(all_shapes, found, masked, settings.experts),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from abyssal.data import Batch
-from abyssal.model.experts import Experts, MoE
+from abyssal.model.experts import MoE
 from abyssal.model.objective import Measured, Microbatch
 from abyssal.model.transformer import Transformer
 from abyssal.study import balance_measure
@@ -62,7 +62,7 @@ class Measurer:
         seen = self.seen(model)
         disabled = [self.bits(model, masked=n) for n in self.masked(shape)]
         at = torch.linspace(0, len(seen.tokens) - 1, SAMPLE).long().unique()
-        layers = _experts(model)
+        layers = [layer.experts for layer in _layers(model)]
         pairs = [alike(e, x[at], i[at]) for e, x, i in zip(layers, seen.inputs, seen.indices)]
         together = [pair.together for pair in pairs if pair.together is not None]
         sets = [combined(indices) for indices in seen.indices]
@@ -96,7 +96,7 @@ class Measurer:
     @torch.no_grad()
     def seen(self, model: Transformer) -> Seen:
         """One pass over the held-out texts, everything on the CPU."""
-        layers = _experts(model)
+        layers = _layers(model)
         indices: list[list[Tensor]] = [[] for _ in layers]
         weights: list[list[Tensor]] = [[] for _ in layers]
         inputs: list[list[Tensor]] = [[] for _ in layers]
@@ -126,8 +126,8 @@ class Measurer:
         seen = self.seen(model)
         first = model.config.first_k_dense_replace
         return [
-            takers(seen, gate, first + gate, layer.w1.shape[0], self.vocab, self.texts.tokenizer)
-            for gate, layer in enumerate(_experts(model))
+            takers(seen, gate, first + gate, layer.experts.w1.shape[0], self.vocab, self.texts.tokenizer)
+            for gate, layer in enumerate(_layers(model))
         ]
 
 
@@ -141,5 +141,5 @@ def packed(batches: Sequence[Batch]) -> list[Batch]:
     ]
 
 
-def _experts(model: Transformer) -> list[Experts]:
-    return [module.experts for module in model.modules() if isinstance(module, MoE)]
+def _layers(model: Transformer) -> list[MoE]:
+    return [module for module in model.modules() if isinstance(module, MoE)]

@@ -44,7 +44,7 @@ def outcome(
                 if lost:
                     rise.plot(0, np.mean(lost), "X", color=color, markersize=9, clip_on=False, zorder=3)
         apart.axhline(0, color=COLORS["few"], linewidth=1)
-        apart.set_title(f"loss, less that of {shapes[0].label} at the same seed", fontsize=10)
+        apart.set_title(f"loss in nats, less that of {shapes[0].label} at the same seed", fontsize=10)
         apart.set_xlabel("step")
         bits.set_yticks(range(len(shapes)), [shape.label for shape in shapes], fontsize=8)
         bits.set_ylim(len(shapes) - 0.5, -0.5)

@@ -44,7 +44,7 @@ def sizes(shapes: Sequence[Shape], counted: Sequence[Parameters]) -> Grid:
     return Grid("The shapes", head, tuple(rows), note)
 
 
-def outcome(shapes: Sequence[Shape], runs: Runs, found: All) -> Grid:
+def table(shapes: Sequence[Shape], runs: Runs, found: All) -> Grid:
     """A row a shape."""
     head = ("shape", "bits a byte", f"less {shapes[0].label}", "MaxVio", "tells of kind", "by chance", "seconds")
     base = [run.bits_per_byte for run in runs["few"]]

@@ -29,6 +29,7 @@ from abyssal.study.experts_disable import OtherGate, routed_otherwise
 from abyssal.study.experts_measure import Found, Measurer
 from abyssal.study.experts_pictures import by_favourite
 from abyssal.study.experts_shapes import check_equal, counted, shapes
+from abyssal.study.experts_tokens import context_of
 from abyssal.study.output import load
 from abyssal.study.result import Result
 from abyssal.study.spread import Difference
@@ -308,9 +309,34 @@ def test_what_an_expert_tells_of_the_token_by_hand():
     assert picks(alone, tokens, 2, 4).tolist() == [[2, 0, 0, 0], [0, 2, 4, 0]]
 
 
-def test_the_tokens_told_are_those_picked(
-    result: Result, runs: dict[str, list[Trained]], texts: Texts, measurer: Measurer
-):
+@torch.no_grad()
+def test_what_is_seen_of_a_pass_belongs_together(runs: dict[str, list[Trained]], measurer: Measurer, texts: Texts):
+    """Of every token what its experts read is what its gate made its choice of; every token is there once, in order."""
+    model = runs["fine_shared"][0].model()
+    seen = measurer.seen(model)
+    for gate, indices, weights, inputs in zip(model.gates(), seen.indices, seen.weights, seen.inputs, strict=True):
+        routing = gate(inputs)
+        assert int((routing.indices.sort(-1).values != indices.sort(-1).values).any(-1).sum()) <= 2  # near-ties
+        torch.testing.assert_close(routing.scores.gather(1, indices), weights, rtol=1e-4, atol=1e-5)
+    batches = [b for of_kind in texts.held_out.values() for b in of_kind]
+    assert torch.equal(seen.tokens, torch.cat([b.tokens for b in batches]))
+    assert seen.starts.tolist() == [i * QUICK.sequence for i in range(len(batches)) for _ in range(QUICK.sequence)]
+
+
+def test_a_context_stays_within_its_sequence(measurer: Measurer, runs: dict[str, list[Trained]], texts: Texts):
+    seen = measurer.seen(runs["few"][0].model())
+    first, last = QUICK.sequence, 2 * QUICK.sequence - 1
+    decoded = texts.tokenizer.decode(seen.tokens[first : last + 1].tolist())
+    for at in (first, first + 9, last):
+        told = context_of(seen, at, texts.tokenizer)
+        before, _, rest = told.partition("«")
+        token, _, after = rest.rpartition("»")
+        whole = before + token.replace("␣", " ") + after
+        assert whole.replace("⏎", "\n").replace("·", "") in decoded.replace("·", "")
+        assert (before == "") == (at == first) and (after == "") == (at == last)
+
+
+def test_the_tokens_told_are_those_picked(result: Result, runs: dict[str, list[Trained]], texts: Texts):
     """Counted anew, sequence by sequence, in plain Python."""
     run = runs["fine_shared"][0]
     model = run.model()
