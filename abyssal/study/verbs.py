@@ -253,6 +253,51 @@ def study_attentions(
     show(result, places)
 
 
+@study.command("positions")
+def study_places(
+    seeds: Annotated[int | None, typer.Option(help="Runs of each kind, with seeds 0, 1 ... Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 350.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 1024.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="The trained length, in tokens. Default: 64.")] = None,
+    reach: Annotated[
+        int | None, typer.Option(help="Trained lengths of the texts that are measured: 2, 4, 8 ... Default: 4.")
+    ] = None,
+    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 500000.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the model, a multiple of 32. Default: 128.")] = None,
+    layers: Annotated[int | None, typer.Option(help="Of the model. Default: 2.")] = None,
+    rotary: Annotated[int | None, typer.Option(help="Of a head's 32 dimensions, decoupled ones. Default: 12.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 1024.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.006.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
+        "runs/study-positions"
+    ),
+    out: Out = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+    quick: Quick = False,
+) -> None:
+    """None, integer, binary, sinusoidal, RoPE, decoupled RoPE: loss by position, longer texts, YaRN, the encodings.
+
+    Six kinds of a small model are trained one after the other, each with every seed.
+    """
+    from abyssal.study.output import Places
+    from abyssal.study.positions import Settings, study_positions
+
+    places = Places(out, json_file, picture)
+    given: dict[str, Any] = {
+        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "reach": reach, "text": text,
+        "width": width, "layers": layers, "rotary": rotary, "vocab": vocab, "lr": lr, "data": data, "device": device,
+    }  # fmt: skip
+    settings = Settings.quick() if quick else Settings()
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    result = study_positions(settings, work, command(), Console(stderr=True))
+    show(result, places)
+
+
 def command() -> str:
     """The line that this process was started with."""
     return shlex.join(["abyssal", *sys.argv[1:]])
