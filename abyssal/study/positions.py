@@ -35,9 +35,9 @@ from abyssal.train.trainer import resolve_device
 CLAIM = (
     "Sinusoids may let a model extrapolate (Vaswani et al. 2017, section 3.5). Rotated queries and keys give products "
     "that depend on the distance alone (Su et al. 2021, section 3.2), and predict better. Without any encoding a "
-    "decoder extrapolates better (Kazemnejad et al. 2023); YaRN stretches rotations past the trained length, twice as "
-    "far without training further (Peng et al. 2023). A rotary key of its own beside the latent leaves keys that can "
-    "be absorbed (DeepSeek-V2, section 2.1.3)."
+    "decoder extrapolates better (Kazemnejad et al. 2023); YaRN stretches rotations past the trained length and, "
+    "where its factor follows the length, more than twice as far without training further (Peng et al. "
+    "2023). A rotary key of its own beside the latent leaves keys that can be absorbed (DeepSeek-V2, section 2.1.3)."
 )
 LABELS: dict[Position, str] = {
     "none": "none", "integer": "integer", "binary": "binary", "sinusoidal": "sinusoidal", "rope": "RoPE",
@@ -162,7 +162,7 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
         not_shown=(*(claim.sentence for claim in said if not claim.holds), *_limits(settings, runs, pieces)),
         command=command,
         grids=(
-            tables.within(found, sizes, labels, length),
+            *tables.within(found, sizes, labels, length),
             tables.beyond(found, sizes, labels, length),
             tables.verdicts(said),
             tables.norms(found, labels, length),
@@ -269,7 +269,8 @@ def _limits(settings: Settings, runs: Mapping[str, list[Trained]], pieces: Tenso
         "That it is the growing norm that makes integers what they are: the cause is not isolated.",
         "Kazemnejad et al.'s tasks, which ask for exact answers: here it is the loss of running text. "
         f"{len(pieces)} texts are measured, and another choice of them is not in the spreads.",
-        "YaRN after training further, which is what Peng et al. recommend, or with other betas: of so short a sequence "
+        "YaRN after training further, which is what Peng et al. recommend, or with a factor that follows the length "
+        "(here it is fixed, which costs near positions more), or with other betas: of so short a sequence "
         f"{sum(t > 32 for t in turns)} pairs turn 32 times and are surely kept, so that near places, too, come to lie "
         "closer than was learnt.",
     )

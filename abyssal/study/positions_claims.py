@@ -9,6 +9,7 @@ from abyssal.study.spread import Difference
 
 VASWANI, SU = "Vaswani et al. 2017, section 3.5", "Su et al. 2021, section 4"
 KAZEMNEJAD, PENG = "Kazemnejad et al. 2023", "Peng et al. 2023"
+FOLLOWING = f"{PENG}, of a factor that follows the length"
 V2 = "DeepSeek-V2, section 2.1.3"
 NUMBERS = "the textbooks' ladder"
 
@@ -136,7 +137,7 @@ def _stretched(found: Runs, trained: Band, further: Sequence[Band]) -> list[Clai
         twice = Difference.of(of_all(found, name, further[0], 2), [0.0] * len(found[name]))
         told = f"Positions {further[0].text}, from all before less from a window of the trained length: {name}, YaRN ×2"
         what = f"YaRN ×2, without training further, serves twice the length: {name} is no worse than in a window"
-        said.append(Claim(PENG, what, told, 0, twice, _tolerated(found, name, further[0])))
+        said.append(Claim(FOLLOWING, what, told, 0, twice, _tolerated(found, name, further[0])))
 
         left = [trained.of(x.yarn[most]) for x in found[name]]
         told = f"Positions {trained.text}: {name} with YaRN ×{most} less {name}"

@@ -35,18 +35,20 @@ def models(variants: Sequence[Variant], parameters: Mapping[str, int]) -> Grid:
     return Grid("The models", head, tuple(rows), note)
 
 
-def within(found: Runs, sizes: list[float], labels: Labels, length: int) -> Grid:
-    """Loss by position."""
-    parts, whole = bands_within(length), Band(1, length)
-    head = ("position", *(f"nats at {b.text}" for b in parts), f"nats at {whole.text}", "bits a byte")
-    rows = []
+def within(found: Runs, sizes: list[float], labels: Labels, length: int) -> tuple[Grid, Grid]:
+    """Loss by position, in nats a token and in bits a byte."""
+    parts = (*bands_within(length), Band(1, length))
+    head = ("position", *(f"at {b.text}" for b in parts))
+    nats, per_byte = [], []
     for name, runs in found.items():
-        cells = [Spread.of([b.of(x.whole) for x in runs]).text() for b in (*parts, whole)]
-        told = Spread.of([bits(x.whole, sizes, whole) for x in runs]).text()
-        rows.append((labels[name], *cells, told))
+        nats.append((labels[name], *(Spread.of([b.of(x.whole) for x in runs]).text() for b in parts)))
+        per_byte.append((labels[name], *(Spread.of([bits(x.whole, sizes, b) for x in runs]).text() for b in parts)))
     note = "Mean ± standard deviation over the seeds; position 1 is the second token, the first to be predicted. All "
     note += "columns of a row are of the same texts, but of other tokens: compare down, not across."
-    return Grid("Loss by position, within the trained length", head, tuple(rows), note)
+    return (
+        Grid("Loss by position within the trained length, nats a token", head, tuple(nats), note),
+        Grid("Loss by position within the trained length, bits a byte", head, tuple(per_byte)),
+    )
 
 
 def beyond(found: Runs, sizes: list[float], labels: Labels, length: int) -> Grid:

@@ -156,7 +156,7 @@ def test_the_loss_within_the_trained_length_is_the_one_that_training_measures(
     for kind, batches in texts.held_out.items():
         own = torch.stack([batch.tokens for batch in batches])
         found = nats(run.model(), own)
-        counted = sum(float(Measured.of(run.model(), Microbatch.of(batch, 0)).nats) for batch in batches)
+        counted = sum(Measured.of(run.model(), Microbatch.of(batch, 0)).nats.item() for batch in batches)
         assert float(found.sum()) == pytest.approx(counted, rel=1e-5)
         size = sum(len(texts.tokenizer.token_bytes(t)) for t in own[:, 1:].flatten().tolist())
         assert float(found.sum()) / math.log(2) / size == pytest.approx(run.checks[-1].by_kind[kind], rel=1e-5)
@@ -165,7 +165,7 @@ def test_the_loss_within_the_trained_length_is_the_one_that_training_measures(
 def test_the_tables_are_of_the_runs(result: Result, runs: dict[str, list[Trained]], pieces: torch.Tensor):
     whole, last = Band(1, 16), bands(16, 64)[-1]
     sizes = result.numbers["bytes_by_position"]
-    within, beyond = result.grids[0], result.grids[1]
+    within, per_byte, beyond = result.grids[:3]
     for i, name in enumerate(KINDS):
         told = [r["whole"] for r in result.numbers["variants"][name]["runs"]]
         mine = [measured(run.model().float(), pieces, 16) for run in runs[name]]
@@ -173,7 +173,7 @@ def test_the_tables_are_of_the_runs(result: Result, runs: dict[str, list[Trained
             assert run.whole == pytest.approx(values, rel=1e-5)
         mean = sum(sum(x.whole[:15]) / 15 for x in mine) / len(mine)
         assert within.rows[i][0] == LABELS[name] and within.rows[i][5].startswith(f"{mean:.3f} ±")
-        assert within.rows[i][6].split()[0] == f"{sum(bits(x.whole, sizes, whole) for x in mine) / len(mine):.3f}"
+        assert per_byte.rows[i][5].split()[0] == f"{sum(bits(x.whole, sizes, whole) for x in mine) / len(mine):.3f}"
         row = next(row for row in beyond.rows if row[0] == LABELS[name])
         apart = sum(last.of(x.whole) - last.of(x.sliding) for x in mine) / len(mine)
         assert row[5].startswith(f"{apart:+.3f} ±")
@@ -379,7 +379,7 @@ def test_the_command_writes_everything(work: Path, told: str, result: Result):
     files = {path.name for path in (work / "out").iterdir()}
     assert files == {"positions.json", "positions.html", *(f"positions{n}.png" for n in ("", "-2", "-3", "-4"))}
     assert "12/12 decoupled RoPE, seed 1" in told and "Past the trained length" in told
-    assert len(result.grids) == 8 and result.seeds == (0, 1)
+    assert len(result.grids) == 9 and result.seeds == (0, 1)
     html = (work / "out" / "positions.html").read_text("utf-8")
     assert html.count("data:image/png;base64,") == 4 and "http" not in html
     assert all(picture.png.startswith(b"\x89PNG") for picture in result.pictures)
