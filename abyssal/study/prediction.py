@@ -95,7 +95,7 @@ class Settings:
         """The smallest that goes all the way: seconds."""
         return Settings(
             seeds=2, steps=8, batch=256, sequence=32, text=8_000, held_out=4, layers=2, width=32, experts=8, chosen=2,
-            vocab=300, texts=4, prompt=8, generate=16, timed=8, batches=(1,),
+            vocab=300, texts=2, prompt=8, generate=12, timed=4, batches=(1,),
         )  # fmt: skip
 
     def model(self, modules: int) -> ModelConfig:

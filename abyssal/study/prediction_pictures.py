@@ -95,13 +95,13 @@ def _of_steps(d: Drafted) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _stretches(axes: Axes, counts: Sequence[tuple[np.ndarray, np.ndarray]], start: int, color: str, label: str) -> None:
-    """Shares of `(of these, of so many)` by position, from `start` on, in stretches."""
+    """Shares of counts `(of these, of so many)` by position, from `start` on, in stretches."""
     size = len(counts[0][0])
     cuts = np.linspace(0, size, min(STRETCHES, size) + 1).astype(int)[:-1]
-    shares = np.array(
-        [100 * np.add.reduceat(a, cuts) / np.maximum(np.add.reduceat(b, cuts), 1) for a, b in counts]
-    )  # fmt: skip
-    at = start + (cuts + np.append(cuts[1:], size)) / 2
+    made = np.array([np.add.reduceat(b, cuts) for _, b in counts])
+    there = made.min(0) > 0  # a stretch without any steps has no share
+    shares = 100 * np.array([np.add.reduceat(a, cuts) for a, _ in counts])[:, there] / made[:, there]
+    at = start + ((cuts + np.append(cuts[1:], size)) / 2)[there]
     axes.plot(at, shares.mean(0), color=color, label=label, linewidth=1.5, marker="o", markersize=3)
     axes.fill_between(at, shares.min(0), shares.max(0), color=color, alpha=0.15, linewidth=0)
 

@@ -111,99 +111,6 @@ def study_balancing(
     show(result, places)
 
 
-@study.command("experts")
-def study_experts_shapes(
-    seeds: Annotated[int | None, typer.Option(help="Runs of each shape, with seeds 0, 1 ... Default: 3.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 80.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 2048.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 128.")] = None,
-    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 600000.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
-    layers: Annotated[int | None, typer.Option(help="All have experts. Default: 3.")] = None,
-    experts: Annotated[int | None, typer.Option(help="Large ones of a layer. Default: 16.")] = None,
-    chosen: Annotated[int | None, typer.Option(help="Large ones that a token picks. Default: 2.")] = None,
-    expert_width: Annotated[int | None, typer.Option(help="Of a large one. Default: 128.")] = None,
-    parts: Annotated[int | None, typer.Option(help="Small ones that a large one is cut into. Default: 4.")] = None,
-    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 1024.")] = None,
-    speed: Annotated[float | None, typer.Option(help="Of the balancing biases, a step. Default: 0.01.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
-    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
-        "runs/study-experts"
-    ),
-    out: Out = None,
-    json_file: JsonFile = None,
-    picture: PictureFile = None,
-    quick: Quick = False,
-) -> None:
-    """Few large experts or many small ones, with and without a shared one, at equal parameters.
-
-    Bits a byte over seeds, what each expert takes, and what it costs to take experts out of the trained models.
-    """
-    from abyssal.study.experts import Settings, study_experts
-    from abyssal.study.output import Places
-
-    places = Places(out, json_file, picture)
-    given: dict[str, Any] = {
-        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
-        "layers": layers, "experts": experts, "chosen": chosen, "expert_width": expert_width, "parts": parts,
-        "vocab": vocab, "speed": speed, "lr": lr, "data": data, "device": device,
-    }  # fmt: skip
-    settings = Settings.quick() if quick else Settings()
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-    result = study_experts(settings, work, command(), Console(stderr=True))
-    show(result, places)
-
-
-@study.command("prediction")
-def study_predictions(
-    seeds: Annotated[int | None, typer.Option(help="Runs of each variant, with seeds 0, 1 ... Default: 3.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 100.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 1024.")] = None,
-    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 256.")] = None,
-    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 200000.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
-    layers: Annotated[int | None, typer.Option(help="The first is dense. Default: 4.")] = None,
-    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 2048.")] = None,
-    weight: Annotated[float | None, typer.Option(help="Of the MTP loss. Default: 0.3.")] = None,
-    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
-    texts: Annotated[int | None, typer.Option(help="Of each kind, that the engine goes on from. Default: 8.")] = None,
-    generate: Annotated[int | None, typer.Option(help="Tokens of each. Default: 64.")] = None,
-    batches: Annotated[str | None, typer.Option(help="Texts at once, where speed is measured. Default: 1,8.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
-    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
-        "runs/study-prediction"
-    ),
-    out: Out = None,
-    json_file: JsonFile = None,
-    picture: PictureFile = None,
-    quick: Quick = False,
-) -> None:
-    """With and without MTP: the main model, the drafts accepted by kind and position, the speed gained or lost.
-
-    Three variants of a small model are trained one after the other, each with every seed; then the engine drafts.
-    """
-    from abyssal.study.output import Places, ints
-    from abyssal.study.prediction import Settings, study_prediction
-
-    places = Places(out, json_file, picture)
-    given: dict[str, Any] = {
-        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
-        "layers": layers, "vocab": vocab, "weight": weight, "lr": lr, "texts": texts, "generate": generate,
-        "batches": None if batches is None else ints("--batches", batches), "data": data, "device": device,
-    }  # fmt: skip
-    settings = Settings.quick() if quick else Settings()
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
-    result = study_prediction(settings, work, command(), Console(stderr=True))
-    show(result, places)
-
-
 @study.command("attention")
 def study_attentions(
     seeds: Annotated[int | None, typer.Option(help="Runs of each rung, with seeds 0, 1 ... Default: 3.")] = None,
@@ -253,6 +160,53 @@ def study_attentions(
     show(result, places)
 
 
+@study.command("experts")
+def study_experts_shapes(
+    seeds: Annotated[int | None, typer.Option(help="Runs of each shape, with seeds 0, 1 ... Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 80.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 2048.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 128.")] = None,
+    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 600000.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
+    layers: Annotated[int | None, typer.Option(help="All have experts. Default: 3.")] = None,
+    experts: Annotated[int | None, typer.Option(help="Large ones of a layer. Default: 16.")] = None,
+    chosen: Annotated[int | None, typer.Option(help="Large ones that a token picks. Default: 2.")] = None,
+    expert_width: Annotated[int | None, typer.Option(help="Of a large one. Default: 128.")] = None,
+    parts: Annotated[int | None, typer.Option(help="Small ones that a large one is cut into. Default: 4.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 1024.")] = None,
+    speed: Annotated[float | None, typer.Option(help="Of the balancing biases, a step. Default: 0.01.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
+        "runs/study-experts"
+    ),
+    out: Out = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+    quick: Quick = False,
+) -> None:
+    """Few large experts or many small ones, with and without a shared one, at equal parameters.
+
+    Bits a byte over seeds, what each expert takes, and what it costs to take experts out of the trained models.
+    """
+    from abyssal.study.experts import Settings, study_experts
+    from abyssal.study.output import Places
+
+    places = Places(out, json_file, picture)
+    given: dict[str, Any] = {
+        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
+        "layers": layers, "experts": experts, "chosen": chosen, "expert_width": expert_width, "parts": parts,
+        "vocab": vocab, "speed": speed, "lr": lr, "data": data, "device": device,
+    }  # fmt: skip
+    settings = Settings.quick() if quick else Settings()
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    result = study_experts(settings, work, command(), Console(stderr=True))
+    show(result, places)
+
+
 @study.command("positions")
 def study_places(
     seeds: Annotated[int | None, typer.Option(help="Runs of each kind, with seeds 0, 1 ... Default: 3.")] = None,
@@ -296,6 +250,78 @@ def study_places(
     settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
     result = study_positions(settings, work, command(), Console(stderr=True))
     show(result, places)
+
+
+@study.command("prediction")
+def study_predictions(
+    seeds: Annotated[int | None, typer.Option(help="Runs of each variant, with seeds 0, 1 ... Default: 3.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 100.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 1024.")] = None,
+    sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 256.")] = None,
+    text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 200000.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the model. Default: 128.")] = None,
+    layers: Annotated[int | None, typer.Option(help="The first is dense. Default: 4.")] = None,
+    vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 2048.")] = None,
+    weight: Annotated[float | None, typer.Option(help="Of the MTP loss. Default: 0.3.")] = None,
+    lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
+    texts: Annotated[int | None, typer.Option(help="Of each kind, that the engine goes on from. Default: 8.")] = None,
+    generate: Annotated[int | None, typer.Option(help="Tokens of each. Default: 64.")] = None,
+    batches: Annotated[str | None, typer.Option(help="Texts at once, where speed is measured. Default: 1,8.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
+        "runs/study-prediction"
+    ),
+    out: Out = None,
+    json_file: JsonFile = None,
+    picture: PictureFile = None,
+    quick: Quick = False,
+) -> None:
+    """With and without MTP: the main model, the drafts accepted by kind and position, the speed gained or lost.
+
+    Three variants of a small model are trained one after the other, each with every seed; then the engine drafts.
+    """
+    from abyssal.study.output import Places, ints
+    from abyssal.study.prediction import Settings, study_prediction
+
+    places = Places(out, json_file, picture)
+    given: dict[str, Any] = {
+        "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "text": text, "width": width,
+        "layers": layers, "vocab": vocab, "weight": weight, "lr": lr, "texts": texts, "generate": generate,
+        "batches": None if batches is None else ints("--batches", batches), "data": data, "device": device,
+    }  # fmt: skip
+    settings = Settings.quick() if quick else Settings()
+    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    result = study_prediction(settings, work, command(), Console(stderr=True))
+    show(result, places)
+
+
+@study.command("all")
+def study_everything(
+    out: Annotated[Path, typer.Option("--out", help="Gets every study's files, and index.html: a page of them all.")],
+    only: Annotated[str | None, typer.Option(help="Studies to run, with commas: cache,balance. Default: all.")] = None,
+    work: Annotated[Path, typer.Option(help="Keeps what is trained, as the studies' own commands do.")] = Path("runs"),
+    quick: Quick = False,
+) -> None:
+    """Every study in order, at its default size, and one page of all of them to show.
+
+    Begun again, it takes what is there with the same settings and makes the rest. A study that fails does not stop the
+    others; the exit code is then 1.
+    """
+    from abyssal.study.everything import INDEX, chosen, run_all, studies
+    from abyssal.study.output import Places
+
+    Places(out)
+    console = Console(stderr=True)
+    every = studies(quick)
+    failed = run_all(every, chosen(every, only), out, work, quick, console)
+    console.print(f"written: {out / INDEX}", highlight=False, soft_wrap=True)
+    if failed:
+        told = ", ".join(failed)
+        console.print(f"abyssal: failed: {told}", style="red", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(1)
 
 
 def command() -> str:
