@@ -70,7 +70,7 @@ def studies(quick: bool) -> list[Study]:
     return [
         Study("cache", cache, lambda folder, command, console: study_cache(cache, command), 10),
         Study("attention", attention, lambda *to: study_attention(attention, *to), 590),
-        Study("positions", positions, lambda *to: study_positions(positions, *to), 500),
+        Study("positions", positions, lambda *to: study_positions(positions, *to), 470),
         Study("experts", experts, lambda *to: study_experts(experts, *to), 450),
         Study("balance", balance, lambda *to: study_balance(balance, *to), 570),
         Study("prediction", prediction, lambda *to: study_prediction(prediction, *to), 400),
