@@ -95,7 +95,7 @@ def nats_sliding(model: Transformer, texts: Tensor, length: int) -> Tensor:
 
 def stretched(model: Transformer, factor: int, length: int) -> Transformer:
     """A copy of the model whose rotations are YaRN's, with no further training; for a factor of 1, as it was."""
-    copy = Transformer(model.config if factor == 1 else with_yarn(model.config, factor, length))
+    copy = Transformer(model.config if factor == 1 else with_yarn(model.config, factor, length)).to(model.embed.weight)
     copy.load_state_dict(model.state_dict())
     return copy
 

@@ -208,7 +208,7 @@ def test_only_what_is_added_minds_where_a_text_begins(position: Position):
 
 @pytest.mark.parametrize("position", ["rope", "decoupled"])
 def test_yarn_stretches_what_the_model_had_and_nothing_else(position: Position):
-    model, texts = fresh(position).float(), some(2, 16)
+    model, texts = fresh(position), some(2, 16)
     assert torch.equal(nats(stretched(model, 1, 16), texts), nats(model, texts))
     slow = stretched(model, 4, 16)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), slow.parameters()))
