@@ -73,7 +73,7 @@ def studies(quick: bool) -> list[Study]:
         Study("positions", positions, lambda *to: study_positions(positions, *to), 470),
         Study("experts", experts, lambda *to: study_experts(experts, *to), 450),
         Study("balance", balance, lambda *to: study_balance(balance, *to), 570),
-        Study("prediction", prediction, lambda *to: study_prediction(prediction, *to), 400),
+        Study("prediction", prediction, lambda *to: study_prediction(prediction, *to), 360),
     ]
 
 

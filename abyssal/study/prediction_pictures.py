@@ -129,18 +129,18 @@ def gains(timed: Sequence[Sequence[Timed]], model: ModelConfig, context: int) ->
             axes.plot(100 * share, (1 + share) / takes, color=color, linewidth=1)
             axes.plot([100 * (a - 1) for a in steps], ratios, "o", color=color, markersize=7, label=told)
         axes.axhline(1, color="black", linewidth=1)
-        axes.text(1, 1.015, "faster than without drafts", fontsize=9)
-        axes.text(1, 0.985, "slower", fontsize=9, va="top")
+        axes.text(101.5, 1.015, "faster", fontsize=9, ha="right")
+        axes.text(101.5, 0.985, "slower", fontsize=9, ha="right", va="top")
         ends = [100 * ACCEPTED, 100 * MOST_ACCEPTED]
         axes.fill_between(ends, 1, FASTER, color=BAND, alpha=0.25, linewidth=0)
         axes.plot(ends, [FASTER] * 2, color=BAND, linewidth=4, label=f"DeepSeek-V3 reports {FASTER} times")
-        axes.set_xlim(0, 100)
+        axes.set_xlim(0, 102)
         axes.set_ylim(0.4, 2)
         axes.set_xlabel("drafts accepted (%)")
         axes.set_ylabel("tokens a second, over those without drafts")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper left")
 
     caption = (
         "When one draft a step pays: what arithmetic says, and what was measured (a point a seed). The thin lines "

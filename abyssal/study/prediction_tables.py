@@ -94,7 +94,8 @@ def drafts(found: Sequence[Found], labels: Labels) -> Grid:
             )
     note = "By the engine, of texts that go on from held-out ones, in percent. A draft counts as accepted where all "
     note += "before it were, too. One module drafts a second token from its own state of the first. Repeated: tokens "
-    note += f"that end {GRAM} which stood together before in the same text; these are easy."
+    note += f"that end {GRAM} which stood together before in the same text; these are easy. Ways of drafting stop at "
+    note += "other places of a text, so that the first of two drafts is accepted otherwise than the only one."
     return Grid("Drafts accepted", head, tuple(rows), note, labels=2)
 
 
@@ -182,5 +183,6 @@ def arithmetic(timed: Sequence[Sequence[Timed]], model: ModelConfig, context: in
         rows.append((f"{PRESET}, 1 draft, {accepted:.0%} accepted", *cells, said))
     note = "Times as fast as without drafts. Waiting: a pass takes what its weights take to be read, and the second "
     note += "token is free (experts that only the second token needs are not counted). Working: every token costs its "
-    note += "products, and drafts can only lose. A module's head is counted."
+    note += "products, and one draft can only lose. A module's head is counted. A model as small as this one waits for "
+    note += "neither, but for the calls that make up a step: what is measured may lie outside of both."
     return Grid("What arithmetic says", head, tuple(rows), note)

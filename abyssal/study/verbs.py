@@ -255,7 +255,7 @@ def study_places(
 @study.command("prediction")
 def study_predictions(
     seeds: Annotated[int | None, typer.Option(help="Runs of each variant, with seeds 0, 1 ... Default: 3.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 100.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 120.")] = None,
     batch: Annotated[int | None, typer.Option(help="Tokens of a step. Default: 1024.")] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens of the longest sequence. Default: 256.")] = None,
     text: Annotated[int | None, typer.Option(help="Bytes of each kind of text. Default: 200000.")] = None,
