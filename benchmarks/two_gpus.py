@@ -1,6 +1,6 @@
 """Training of the 961M shape on one GPU and on several, at the same batch a GPU: tokens/s, memory, what overlaps.
 
-    python benchmarks/two_gpus.py [--meshes alone dp=2 ep=2] [--trace FILE.json.gz] [--json FILE] [--steps 10]
+    python benchmarks/two_gpus.py [--meshes alone dp=2 ep=2] [--trace FILE.json.gz] [--json FILE] [--eager]
 
 Each mesh is a run by itself, under torchrun where it has several ranks. A step is Spread.run (or Alone's) and the
 optimizer's update, over a microbatch of 16 x 2048 random tokens a GPU. Before it is timed the routers' biases are
@@ -30,6 +30,7 @@ from abyssal.config import ModelConfig
 from abyssal.data import Batch
 from abyssal.model.balance import Balance, max_violation
 from abyssal.model.objective import LossScales, Microbatch
+from abyssal.model.replay import Replay, own_stream
 from abyssal.model.transformer import Transformer
 from abyssal.parallel import Mesh, MeshShape
 from abyssal.parallel.mesh import start
@@ -55,9 +56,14 @@ class Run:
              "mesh": "" if wanted.mesh == "alone" else wanted.mesh, "recompute": wanted.recompute}
         )  # fmt: skip
         device = start(device) if config.mesh else device
+        graphs = wanted.graphs and device.type == "cuda"
+        if graphs:
+            own_stream(device)
         mesh = Mesh(shape, device.type) if config.mesh else None
         self.spread = spread_as(config, drawn(config.model_settings(), device), mesh, device, torch.bfloat16)
         self.optimizer = Optimizer(self.spread.parameters(), config)
+        if graphs:
+            self.spread.replay = Replay(self.optimizer.snapshot)
         model = self.spread.model
         self.balance = Balance(model.gates())
         self.first = not dist.is_initialized() or dist.get_rank() == 0
@@ -98,12 +104,12 @@ def drawn(settings: ModelConfig, device: torch.device) -> Transformer:
 def measure(wanted: argparse.Namespace) -> None:
     """One mesh, as one of its ranks; the first prints a line of JSON."""
     run = Run(wanted)
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # before passes are captured: a replay allocates nothing
     loads = [run.step(FAST + (USUAL - FAST) * i / SETTLE)[1] for i in range(SETTLE)]
     for _ in range(wanted.warm):
         first, _ = run.step()
     together()
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     for _ in range(wanted.steps):
         sums, counts = run.step()
@@ -124,6 +130,8 @@ def measure(wanted: argparse.Namespace) -> None:
             "max_violation": [float(max_violation(c).mean()) for c in (loads[0], counts)], "overlap": overlaps,
         }  # fmt: skip
         print(RESULT + json.dumps(found), flush=True)
+    if run.spread.replay is not None:
+        run.spread.replay.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -232,6 +240,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--keep", action="store_true", help="parameters stay gathered between forward and backward")
+    parser.add_argument("--eager", dest="graphs", action="store_false", help="without CUDA graphs")
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--trace", metavar="FILE.json.gz")
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -242,6 +251,7 @@ def main() -> None:
     keys = ("model", "sequences", "length", "steps", "warm", "recompute")
     passed = [f"--{key}={getattr(wanted, key)}" for key in keys]
     passed += ["--keep"] if wanted.keep else []
+    passed += [] if wanted.graphs else ["--eager"]
     passed += [f"--trace={wanted.trace}"] if wanted.trace else []
     machine = {"device": device_name(DEVICE), **versions(DEVICE.type == "cuda")}
     if DEVICE.type == "cuda":

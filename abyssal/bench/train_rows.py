@@ -124,12 +124,12 @@ def timed(step: Callable[[int], Later], warm: int, steps: int, device: str) -> M
     On a GPU the times are between events, so a step that leaves the host behind it is not waited for.
     """
     loss: Later = lambda: 0.0  # noqa: E731
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()  # before passes are captured: a replay allocates nothing
     for i in range(warm):
         loss = step(i)
     loss()
-    cuda = device.startswith("cuda")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
     marks = [_mark(cuda)]
     for i in range(warm, warm + steps):
         loss = step(i)

@@ -9,7 +9,7 @@ a whole sequence is asked for through `whole`, which sums a tensor over the piec
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from abyssal.model.packing import Packing, shift
 from abyssal.model.transformer import Transformer
 from abyssal.ops.cross_entropy import CHUNK_LOGITS, linear_cross_entropy
 from abyssal.ops.device import sent
+
+if TYPE_CHECKING:
+    from abyssal.model.replay import Replay
 
 
 class Packed(Protocol):
@@ -51,7 +54,8 @@ class Microbatch:
     weights: list[Tensor]  # a depth: [T] float32, the weight of that target, 0 where there is none
     live: list[Tensor]  # a module, from depth 1: [T] bool, whether there is a token d places on
     totals: list[float]  # a depth: Σ weights
-    sequences: list[int]  # a depth: sequences of more than d tokens, which are those it routes
+    # A depth: sequences of more than d tokens, which are those it routes. In a CUDA graph a tensor, float64.
+    sequences: list[int] | Tensor
     spans: Sequences | None = None  # which sequence each token is of, where the packing does not say it
     cut_from: int | None = None  # tokens of the batch that this is a piece of; totals and sequences are that batch's
     real: Tensor | None = None  # [T] bool: tokens that are no padding, which trained batches do not have; None: all are
@@ -220,19 +224,25 @@ class Objective(nn.Module):
 
 def passes(
     objective: Objective, microbatches: Sequence[Microbatch], totals: Totals, scales: LossScales, balance: Balance,
-    device: torch.device, after_each: Callable[[], None] = lambda: None,
+    device: torch.device, after_each: Callable[[], None] = lambda: None, replay: "Replay | None" = None,
 ) -> Tensor:  # fmt: skip
-    """Forward and backward over microbatches, each brought to `device` for its pass. Returns the sums of loss, main
-    loss, balance loss and the MTP modules' losses, `[3 + modules]`."""
-    sums = []
-    for micro in microbatches:
-        loss = objective(micro.to(device), totals, scales)
+    """Forward and backward over microbatches, each brought to `device` for its pass, which `replay` may know already.
+    Returns the sums of loss, main loss, balance loss and the MTP modules' losses, `[3 + modules]`."""
+
+    def work(micro: Microbatch, totals: Totals) -> Tensor:
+        loss = objective(micro, totals, scales)
         loss.total.backward()
-        after_each()
         if balance.gates:
             balance.observe(loss.routings, loss.live)
-        sums.append(torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp]))
-        del loss  # and what its routings hold, before the next forward pass
+        return torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp])
+
+    sums = []
+    for number, micro in enumerate(microbatches):
+        if replay is None:
+            sums.append(work(micro.to(device), totals))
+        else:
+            sums.append(replay(work, micro, totals, scales, number == 0, device))
+        after_each()
     return torch.stack(sums).sum(0)
 
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals, passes
+from abyssal.model.replay import Replay
 from abyssal.model.transformer import Transformer
 from abyssal.ops.device import sent
 from abyssal.parallel.context import spread_context
@@ -74,6 +75,8 @@ class Spread:
         blocks = [*model.layers, *(module.block for module in model.mtp)]
         shard(self.objective, blocks, mesh, dtype, reshard, self.splits)
 
+    replay: Replay | None = None  # of a microbatch's passes, where no pipeline divides them
+
     def parameters(self) -> list[Piece]:
         """This rank's pieces, by the parameters' names in a whole model; a parameter that two stages have is its
         owner's."""
@@ -102,7 +105,7 @@ class Spread:
         if self.pipeline is not None:
             sums = self.pipeline.run([piece.to(self.device) for piece in pieces], totals, scales, balance)
         else:
-            sums = passes(self.objective, pieces, totals, scales, balance, self.device)
+            sums = passes(self.objective, pieces, totals, scales, balance, self.device, replay=self.replay)
         collect()
         dist.all_reduce(sums, group=self.mesh.group(*AXES))
         return sums

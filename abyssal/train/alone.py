@@ -8,6 +8,7 @@ from torch import Tensor
 
 from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals, passes
+from abyssal.model.replay import Replay
 from abyssal.model.transformer import Transformer
 from abyssal.ops.device import sent
 from abyssal.parallel import Mesh, Spread
@@ -31,6 +32,7 @@ class Alone:
         self.objective = Objective(model)
 
     reader = (0, 1)  # it reads all of a step's microbatches
+    replay: Replay | None = None  # of a microbatch's passes
 
     def parameters(self) -> list[Kept]:
         """What the optimizer steps."""
@@ -45,7 +47,7 @@ class Alone:
         """Forward and backward over all of a step's microbatches, which lie on the CPU; `collect` is called after each.
         Returns the sums of loss, main loss, balance loss and the MTP modules' losses, `[3 + modules]`."""
         totals = Totals.of(microbatches, self._here)
-        return passes(self.objective, microbatches, totals, scales, balance, self.device, collect)
+        return passes(self.objective, microbatches, totals, scales, balance, self.device, collect, self.replay)
 
     def measure(self, micro: Microbatch) -> Measured:
         """Of a batch on the CPU."""

@@ -71,6 +71,7 @@ class TrainConfig(BaseModel):
     dtype: Literal["float32", "bfloat16", "float64"] | None = None  # None: bfloat16 on GPUs, float32 on CPUs
     recompute: str = "none"  # "none", "block", or operations: "up,attention" (see abyssal.train.recompute)
     compile: bool = False  # blocks, by torch.compile; recompute is then "none" or "block"
+    graphs: bool = True  # on a GPU: passes are captured as CUDA graphs where nothing in them waits for it
     fp8: bool = False  # products of the large dense maps, forward and backward, in FP8 (see abyssal.train.fp8)
 
     # Over how many devices, under torchrun, and how: none of it alters the curve but in its last bits.

@@ -6,7 +6,7 @@ stay as they are.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,18 @@ class Gradients:
     def kept(self) -> list[Tensor]:
         """The buffers that there are."""
         return [buffer for buffer in self._buffers if buffer is not None]
+
+    def snapshot(self) -> Callable[[], None]:
+        """What makes the gradients that there are now, here and at the parameters, be there again; their memory has
+        been written anew by then."""
+        found, at = list(self.found), [p.grad for p in self.params]
+
+        def again() -> None:
+            self.found = list(found)
+            for p, gradient in zip(self.params, at, strict=True):
+                p.grad = gradient
+
+        return again
 
     def drop(self) -> None:
         """Forgets them; buffers of several microbatches' sums stay."""

@@ -175,6 +175,7 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
         trainer.saved()
         raise NotFinite(f"{error}. The state before this step is in {folder}") from None
     finally:
+        trainer.release()
         if teller is not None:
             teller.close()
 

@@ -10,7 +10,7 @@ orthogonalised, at a step size that lets AdamW's learning rate serve (Liu et al.
 norms stay with AdamW.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,8 @@ class Optimizer:
         one_pass = config.optimizer == "adamw" and len(params) == len(kept) and fits(params, masters)
         several = config.accumulate > 1
         self._taken = Gradients(params, masters, one_pass and not several, several)
+        own = set(self._narrow)
+        self._others = [p for i, p in enumerate(self.params) if i not in own]  # that are their own masters, or pieces
         self._parts = [part_of(name) for name in self.names]
 
         matrices = _matrices(self.names, self.masters) if config.optimizer == "muon" else set()
@@ -85,6 +87,17 @@ class Optimizer:
             # A piece, which the ranks have added up, over the microbatches too.
             if i not in narrow and param.grad is not None and hasattr(param.grad, "to_local"):
                 master.grad = param.grad.to_local()
+
+    def snapshot(self) -> Callable[[], None]:
+        """What makes the gradients that a pass has left by now be there again (see `abyssal.model.replay`)."""
+        taken, at = self._taken.snapshot(), [p.grad for p in self._others]
+
+        def again() -> None:
+            taken()
+            for p, gradient in zip(self._others, at, strict=True):
+                p.grad = gradient
+
+        return again
 
     def kept(self) -> list[Tensor]:
         """Everything made for the parameters so far, gradients of the step at hand apart: masters, moments, and sums

@@ -17,6 +17,7 @@ from abyssal.config import ConfigError, ModelConfig
 from abyssal.data import TokenSet
 from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Microbatch
+from abyssal.model.replay import Replay, own_stream
 from abyssal.model.transformer import Transformer
 from abyssal.parallel import Mesh, MeshShape, Spread
 from abyssal.parallel.accord import LONG, Accord
@@ -35,7 +36,7 @@ from abyssal.train.wrap import unwrapped
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
 FREE = {
     "log_every", "save_every", "keep_states", "out", "data", "tokenizer", "model", "model_overrides", "track",
-    "profile", "mesh", "reshard", "schedule",
+    "profile", "mesh", "reshard", "schedule", "graphs",
 }  # fmt: skip
 DATA_KEYS = ("source_sha256", "tokenizer_sha256", "validation", "shard_tokens", "seed")
 
@@ -134,6 +135,9 @@ class Trainer:
         self.device, self.dtype = resolve_device(config)
         if config.mesh:
             self.device = start(self.device)
+        graphs = config.graphs and self.device.type == "cuda" and not config.compile
+        if graphs:
+            own_stream(self.device)
         if config.compile and self.device.type == "cpu" and model.n_routed_experts is not None:
             raise ConfigError("compile: on a CPU the experts' product cannot be compiled for training; say false")
         self.done, self.seconds = 0, 0.0
@@ -146,6 +150,8 @@ class Trainer:
         mesh = Mesh(MeshShape.parse(config.mesh), self.device.type) if config.mesh else None
         self.spread = spread_as(config, self.model, mesh, self.device, self.dtype)
         self.optimizer = Optimizer(self.spread.parameters(), config)
+        if graphs:
+            self.spread.replay = Replay(self.optimizer.snapshot)
         if mesh is not None and isinstance(self.spread, Spread):
             pieces = {p.name: p for p in self.spread.parameters()}
             self._part = lambda name, local: described(local, pieces[name], mesh)
@@ -195,6 +201,7 @@ class Trainer:
         if not number:
             return
         self._bad.zero_()
+        replay, self.spread.replay = self.spread.replay, None  # what is replayed tells nothing
         micros = microbatches or self.lanes.step(number)
         # The model of a mesh runs only as a step runs it, so it is watched there.
         with unwrapped(self.model), watched(self.model) as found:
@@ -208,6 +215,7 @@ class Trainer:
         self.optimizer.drop_gradients()
         self.balance.counts.zero_()
         self.done = number - 1
+        self.spread.replay = replay
         raise NotFinite(f"step {number}: the loss is {loss:g} and the gradient's norm {norm:g}; first: {where}")
 
     def _gradients(self, microbatches: Sequence[Microbatch], number: int) -> Tensor:
@@ -225,6 +233,11 @@ class Trainer:
             then()
         else:
             begin_state(self._writer, folder, self.model, self.optimizer, self._part, about, then)
+
+    def release(self) -> None:
+        """Lets go of captured passes, without which ranks cannot part; a further step would capture them again."""
+        if self.spread.replay is not None:
+            self.spread.replay.clear()
 
     def saved(self) -> None:
         """Returns when no state is being written. Raises what went wrong with the last one."""
@@ -245,8 +258,8 @@ class Trainer:
                 if before.get(key) != after.get(key) and not (group == "config" and key in FREE):
                     raise ConfigError(
                         f"{prefix}{key}: was {before.get(key)!r} and is {after.get(key)!r}; a run is resumed with "
-                        f"the settings it began with; only log_every, save_every, keep_states, mesh, reshard, schedule "
-                        f"and paths may change"
+                        f"the settings it began with; only log_every, save_every, keep_states, graphs, mesh, "
+                        f"reshard, schedule and paths may change"
                     )
         load_state(folder, self.model, self.optimizer, self._part)
         self.done, self.seconds = then["step"], then["seconds"]
