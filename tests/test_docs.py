@@ -22,7 +22,7 @@ from abyssal.train import TrainConfig, run_names
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/tour.md", "docs/kernels.md", "docs/serving.md",
-    "docs/training.md", "docs/runs.md", "docs/benchmarks.md",
+    "docs/training.md", "docs/runs.md", "docs/benchmarks.md", "docs/evaluation.md", "docs/study/README.md",
 ]  # fmt: skip
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s#]+)(?:#[^)\s]*)?\)")
 LINE_LINK = re.compile(r"\[`([\w.]+)`\]\(([^)\s#]+)#L(\d+)\)")

@@ -57,6 +57,7 @@ def attention(
     elif path == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
+        k, v_wide = _for_all_heads(q, k, v_wide)
         out = cast(Tensor, varlen_attn(q, k, v_wide, cu_q, cu_k, max_q, max_k, scale=scale, window_size=(-1, 0)))
     else:
         raise ValueError(f"path: expected 'reference', 'sdpa', 'varlen' or 'hopper', got {path!r}")
@@ -91,16 +92,20 @@ def _reference(
 def _joined(
     q_nope: Tensor, q_rope: Tensor | None, k_nope: Tensor, k_rope: Tensor | None, v: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One query, one key and a value of one width and one number of heads, as PyTorch's kernels want them."""
-    q, k, group = q_nope, k_nope, q_nope.shape[1] // k_nope.shape[1]
+    """One query, one key and a value of one width, as PyTorch's kernels want them."""
+    q, k = q_nope, k_nope
     if q_rope is not None and k_rope is not None:
         q = torch.cat((q_nope, q_rope), -1)
         k = torch.cat((k_nope, k_rope[:, None].expand(-1, k_nope.shape[1], -1)), -1)
     width = max(q.shape[-1], v.shape[-1])
     q, k, v = (pad(t, (0, width - t.shape[-1])) if t.shape[-1] < width else t for t in (q, k, v))
-    if group > 1:
-        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     return q, k, v
+
+
+def _for_all_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values `[L, G, width]` copied to the heads of `q [T, H, width]`."""
+    group = q.shape[1] // k.shape[1]
+    return (k, v) if group == 1 else (k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
 
 
 def on_hopper(
@@ -204,6 +209,7 @@ _hopper.register_autograd(_gradients, setup_context=_keep)
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: float) -> Tensor:
     lens_q, lens_k = cu_q.diff().tolist(), cu_k.diff().tolist()
     if lens_q and min(lens_q) == max(lens_q) > 0 and lens_q == lens_k:  # all alike: one call
+        k, v = _for_all_heads(q, k, v)
         q, k, v = (t.unflatten(0, (len(lens_q), lens_q[0])).transpose(1, 2) for t in (q, k, v))
         out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         return out.transpose(1, 2).flatten(0, 1)
@@ -212,8 +218,14 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, scale: fl
         t, l = q_s.shape[0], k_s.shape[0]
         if t == 0:
             continue
+        if t == 1:  # the heads of a group are that many queries of one head of keys, which need not be copied
+            q_s = q_s.reshape(k.shape[1], -1, q.shape[-1])[None]
+            k_s, v_s = (x.transpose(0, 1)[None] for x in (k_s, v_s))
+            outs.append(scaled_dot_product_attention(q_s, k_s, v_s, scale=scale).flatten(1, 2))
+            continue
+        k_s, v_s = _for_all_heads(q_s, k_s, v_s)
         q_s, k_s, v_s = (x.transpose(0, 1)[None] for x in (q_s, k_s, v_s))
-        mask = None if t in (1, l) else causal(t, l, q.device)
-        out = scaled_dot_product_attention(q_s, k_s, v_s, attn_mask=mask, is_causal=t == l > 1, scale=scale)
+        mask = None if t == l else causal(t, l, q.device)
+        out = scaled_dot_product_attention(q_s, k_s, v_s, attn_mask=mask, is_causal=t == l, scale=scale)
         outs.append(out[0].transpose(0, 1))
     return torch.cat(outs) if outs else q.new_zeros(q.shape)

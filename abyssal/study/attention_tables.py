@@ -88,8 +88,7 @@ def decoding(points: Points, labels: Labels) -> Grid:
     ]
     note = "Milliseconds, the median and quartiles: one token after a cache of the model's own, filled; on the CPU, "
     note += "eagerly, float32, all lines measured in turns. MFLOP by the formulas of abyssal inspect, bytes of the "
-    note += "cache as allocated. On a CPU the keys and values of GQA and MQA are copied to all heads before PyTorch's "
-    note += "attention reads them: it is their cache that is small here, not their traffic."
+    note += "cache as allocated."
     head = ("attention", *(f"at {n:,}" for n in contexts), f"MFLOP at {contexts[-1]:,}", "cache bytes there")
     return Grid("Decoding a token", head, tuple(rows), note)
 
