@@ -2,18 +2,20 @@
 
     python benchmarks/fp8_train.py maps [--tokens 16384]
     python benchmarks/fp8_train.py steps [--shape v3-dense] [--compile] [--profile]
-    python benchmarks/fp8_train.py loss --data TOKENS [--steps 2000] [--chance] [--out FOLDER]
+    python benchmarks/fp8_train.py loss --data TOKENS [--like dense-2048] [--steps 2000] [--chance] [--out FOLDER]
 
 `maps`: forward and backward of single maps of DeepSeek-V3's widths, medians by CUDA events, and the parts of one.
 `steps`: forward, backward and AdamW with float32 masters, by the trainer's own parts, of 16384 random tokens in
 sequences of 4096; bf16 and FP8 in turns in one process. `loss`: two runs of one seed over the same tokens, 8192 a
 step, one in bf16, one in FP8; with --chance a third, in bf16, whose first weights differ by a part in a thousand: what
-chance alone makes of such a run. They share the GPU, a process each.
+chance alone makes of such a run. A process each, dealt out over the GPUs. "--like stories" is a small model all of
+whose maps are in FP8; "dense-2048" has wide ones, those in FP8 that `fp8 = true` takes.
 """
 
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -65,12 +67,20 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0,
     },
 }  # fmt: skip
-# Of `loss`: widths that are multiples of 128, every map of the blocks in FP8 but wkv_a.
+# Of `loss`: changes of the preset "stories", and the least map in FP8. Widths are multiples of 128.
 STORIES = {
     "hidden_size": 768, "intermediate_size": 2048, "moe_intermediate_size": 384, "num_hidden_layers": 8,
     "num_attention_heads": 8, "q_lora_rank": 384, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32,
     "v_head_dim": 64, "n_routed_experts": 16, "num_experts_per_tok": 2, "num_nextn_predict_layers": 0,
 }  # fmt: skip
+
+
+WIDE = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 16,
+    "q_lora_rank": None, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+    "n_routed_experts": None, "num_nextn_predict_layers": 0,
+}  # fmt: skip
+LIKE: dict[str, tuple[dict[str, Any], int, float]] = {"stories": (STORIES, 0, 1e-3), "dense-2048": (WIDE, LEAST, 5e-4)}
 
 
 def timed(runs: dict[str, Callable[[], object]], times: int = 7, together: int = 4) -> dict[str, float]:
@@ -221,15 +231,16 @@ def profile(run: Callable[[], object], most: int) -> None:
     print(f"    {sum(e.self_device_time_total for e in events) / 1e3:9.3f} ms in all", flush=True)
 
 
-def train(kind: str, data: str, count: int, out: str) -> None:
+def train(kind: str, like: str, data: str, count: int, out: str) -> None:
     """One run of `loss`: "bf16", "fp8", or "bf16 again"."""
+    changes, least, lr = LIKE[like]
     config = TrainConfig.of({
-        "model": "stories", "model_overrides": STORIES, "data": data, "out": f"{out}/{kind.replace(' ', '-')}",
-        "steps": count, "batch_tokens": READ, "sequence": 512, "lr": 1e-3, "warmup_steps": count // 20,
-        "decay_fraction": 0.5, "final_lr": 5e-5, "device": "cuda",
+        "model": "stories", "model_overrides": changes, "data": data, "out": f"{out}/{kind.replace(' ', '-')}",
+        "steps": count, "batch_tokens": READ, "sequence": 512, "lr": lr, "warmup_steps": count // 20,
+        "decay_fraction": 0.5, "final_lr": lr / 20, "device": "cuda",
     })  # fmt: skip
     trainer = Trainer(config, config.model_settings(), TokenSet.open(Path(data)))
-    taken = apply_fp8(trainer.model, least=0) if kind == "fp8" else []
+    taken = apply_fp8(trainer.model, least) if kind == "fp8" else []
     if kind == "bf16 again":
         with torch.no_grad():
             for p in trainer.optimizer.masters:
@@ -248,10 +259,17 @@ def train(kind: str, data: str, count: int, out: str) -> None:
     Path(out, f"{kind.replace(' ', '-')}.json").write_text(json.dumps([step.main_loss for step in taken_steps]))
 
 
-def loss(data: str, count: int, chance: bool, out: str) -> None:
+def loss(like: str, data: str, count: int, chance: bool, out: str) -> None:
+    Path(out).mkdir(parents=True, exist_ok=True)
     kinds = ["bf16", "fp8", "bf16 again"][: 2 + chance]
-    command = [sys.executable, __file__, "train", "--data", data, "--steps", str(count), "--out", out]
-    running = [subprocess.Popen([*command, "--kind", kind]) for kind in kinds]
+    command = [sys.executable, __file__, "train", "--like", like, "--data", data, "--steps", str(count), "--out", out]
+    running = [
+        subprocess.Popen(
+            [*command, "--kind", kind],
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": str(i % torch.cuda.device_count())},
+        )
+        for i, kind in enumerate(kinds)
+    ]
     codes = [process.wait() for process in running]
     if any(codes):
         raise SystemExit("a run failed")
@@ -274,6 +292,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--data")
+    parser.add_argument("--like", default="dense-2048", choices=LIKE)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--chance", action="store_true")
     parser.add_argument("--out")
@@ -289,9 +308,9 @@ def main() -> None:
     elif wanted.data is None:
         parser.error("--data: a token set, as `abyssal train` or `abyssal.data.prepare` makes it")
     elif wanted.what == "loss":
-        loss(wanted.data, wanted.steps, wanted.chance, out)
+        loss(wanted.like, wanted.data, wanted.steps, wanted.chance, out)
     else:
-        train(wanted.kind, wanted.data, wanted.steps, out)
+        train(wanted.kind, wanted.like, wanted.data, wanted.steps, out)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from abyssal.model.objective import LossScales, Microbatch
 from abyssal.model.replay import Replay, own_stream
 from abyssal.model.transformer import Transformer
 from abyssal.parallel import Mesh, MeshShape
+from abyssal.parallel.accord import Accord
 from abyssal.parallel.mesh import start
 from abyssal.train.alone import spread_as
 from abyssal.train.config import TrainConfig
@@ -63,7 +64,7 @@ class Run:
         self.spread = spread_as(config, drawn(config.model_settings(), device), mesh, device, torch.bfloat16)
         self.optimizer = Optimizer(self.spread.parameters(), config)
         if graphs:
-            self.spread.replay = Replay(self.optimizer.snapshot)
+            self.spread.replay = Replay(self.optimizer.snapshot, Accord(bool(config.mesh)).most)
         model = self.spread.model
         self.balance = Balance(model.gates())
         self.first = not dist.is_initialized() or dist.get_rank() == 0

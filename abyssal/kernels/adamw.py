@@ -55,7 +55,7 @@ def _adamw(g, w, m, v, rate, root, decay, shrink, beta1, rest1, beta2, rest2, ep
 @triton.jit
 def _step_kernel(
     gradients, masters, firsts, seconds, copies, numbers, owner, first, sizes, scale, stopped, n, beta1, rest1, beta2,
-    rest2, eps, NARROW: tl.constexpr, BLOCK: tl.constexpr,
+    rest2, eps, NARROW: tl.constexpr, COPIED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`numbers [3, n]`, a tensor's: lr / (1 - β1^t), 1 / sqrt(1 - β2^t), lr · weight decay."""
     i, start, size = _block(owner, first, sizes, BLOCK)
@@ -74,7 +74,8 @@ def _step_kernel(
             tl.store(w, new_w)
             tl.store(m, new_m)
             tl.store(v, new_v)
-            tl.store(p, new_w.to(tl.bfloat16))
+            if COPIED:
+                tl.store(p, new_w.to(tl.bfloat16))
         else:
             mask = at < size
             new_w, new_m, new_v = _adamw(
@@ -84,7 +85,8 @@ def _step_kernel(
             tl.store(w, new_w, mask=mask)
             tl.store(m, new_m, mask=mask)
             tl.store(v, new_v, mask=mask)
-            tl.store(p, new_w.to(tl.bfloat16), mask=mask)
+            if COPIED:
+                tl.store(p, new_w.to(tl.bfloat16), mask=mask)
 
 
 @triton.jit
@@ -121,9 +123,10 @@ def squares(table: Table, gradients: Tensor, narrow: bool) -> Tensor:
 
 def step(
     table: Table, gradients: Tensor, narrow: bool, kept: Tensor, numbers: Tensor, scale: Tensor, stopped: Tensor,
-    betas: tuple[float, float], eps: float,
+    betas: tuple[float, float], eps: float, copied: bool = True,
 ) -> None:  # fmt: skip
-    """Steps every tensor that has a gradient, which is divided by `scale`; where `stopped` is not 0, none.
+    """Steps every tensor that has a gradient, which is divided by `scale`; where `stopped` is not 0, none. `copied`:
+    masters are rounded to parameters.
 
     `kept [4, n]` int64: addresses of masters, first and second moments, and parameters. `numbers` as in the kernel.
     """
@@ -131,7 +134,8 @@ def step(
         (beta1, beta2), (masters, firsts, seconds, copies) = betas, kept.unbind()
         _step_kernel[(table.owner.shape[0],)](
             gradients, masters, firsts, seconds, copies, numbers, table.owner, table.first, table.sizes, scale, stopped,
-            table.count, beta1, 1 - beta1, beta2, 1 - beta2, eps, NARROW=narrow, BLOCK=BLOCK, num_warps=WARPS,
+            table.count, beta1, 1 - beta1, beta2, 1 - beta2, eps, NARROW=narrow, COPIED=copied, BLOCK=BLOCK,
+            num_warps=WARPS,
         )  # fmt: skip
 
 

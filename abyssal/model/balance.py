@@ -40,9 +40,11 @@ class Balance:
     once. Counts are integers: the sign of a difference must not be lost to rounding.
     """
 
-    def __init__(self, gates: Sequence[Gate]) -> None:
+    def __init__(self, gates: Sequence[Gate], device: torch.device | None = None) -> None:
+        """`device`: of the counts; the gates' where it is not given."""
         self.gates = list(gates)
-        device = self.gates[0].weight.device if self.gates else torch.device("cpu")
+        if device is None:
+            device = self.gates[0].weight.device if self.gates else torch.device("cpu")
         experts = self.gates[0].weight.shape[0] if self.gates else 1
         self.counts = torch.zeros(len(self.gates), experts, dtype=torch.int64, device=device)
 

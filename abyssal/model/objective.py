@@ -54,7 +54,7 @@ class Microbatch:
     weights: list[Tensor]  # a depth: [T] float32, the weight of that target, 0 where there is none
     live: list[Tensor]  # a module, from depth 1: [T] bool, whether there is a token d places on
     totals: list[float]  # a depth: Σ weights
-    # A depth: sequences of more than d tokens, which are those it routes. In a CUDA graph a tensor, float64.
+    # A depth: sequences of more than d tokens, which are those it routes. In a CUDA graph a tensor.
     sequences: list[int] | Tensor
     spans: Sequences | None = None  # which sequence each token is of, where the packing does not say it
     cut_from: int | None = None  # tokens of the batch that this is a piece of; totals and sequences are that batch's
@@ -237,7 +237,7 @@ def passes(
         return torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp])
 
     sums = []
-    for number, micro in enumerate(microbatches):
+    for number, micro in enumerate(microbatches if replay is None else replay.alike(microbatches)):
         if replay is None:
             sums.append(work(micro.to(device), totals))
         else:

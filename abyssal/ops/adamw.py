@@ -1,4 +1,5 @@
-"""AdamW over float32 masters of bfloat16 parameters: norms in one pass over memory, the whole step in another.
+"""AdamW over float32 masters of bfloat16 parameters, or over float32 parameters that are their own masters: norms in
+one pass over memory, the whole step in another.
 
 The reference is `torch.optim.AdamW` on the masters, whose moments these are, followed by copies to the parameters.
 """
@@ -18,16 +19,17 @@ ALIGNED = 16  # bytes: kernels read so many at a time
 class Stepped(NamedTuple):
     """Of one parameter, all of one shape, contiguous."""
 
-    param: Tensor  # bfloat16
+    param: Tensor  # bfloat16; or the master itself
     master: Tensor  # float32, as the moments
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
 
 def fits(params: Sequence[Tensor], masters: Sequence[Tensor]) -> bool:
-    """Whether the kernels take these: bfloat16 on one NVIDIA GPU, with float32 masters, whole."""
+    """Whether the kernels take these: all bfloat16 with float32 masters, or all their own, on one NVIDIA GPU, whole."""
+    same = all(p is m for p, m in zip(params, masters, strict=True))
     return bool(params) and all(
-        p.dtype == torch.bfloat16 and m.dtype == torch.float32 and type(p.data) is Tensor
+        p.dtype == (torch.float32 if same else torch.bfloat16) and m.dtype == torch.float32 and type(p.data) is Tensor
         and p.is_contiguous() and m.is_contiguous() and capability(p)[0] > 0 and m.device == p.device
         and p.device == params[0].device and not (p.data_ptr() | m.data_ptr()) % ALIGNED
         for p, m in zip(params, masters, strict=True)
@@ -51,6 +53,7 @@ class OnePass:
         if any(address % ALIGNED for row in kept for address in row):
             raise ValueError(f"stepped: expected tensors at multiples of {ALIGNED} bytes")
         self._stepped = list(stepped)
+        self._copied = any(s.param is not s.master for s in stepped)
         self._table = Table([stepped[i].param.numel() for i in self._order], device)
         self._kept = torch.tensor([[row[c] for row in kept] for c in (1, 2, 3, 0)], dtype=torch.int64).to(device)
         self._steps = steps
@@ -85,7 +88,7 @@ class OnePass:
         taken = self._steps[self._places].double()
         corrections = [-torch.expm1(taken * math.log(b)) if b > 0 else torch.ones_like(taken) for b in betas]
         numbers = torch.stack((lr / corrections[0], corrections[1].rsqrt(), lr * self._decays)).float()
-        kernels.step(self._table, addresses, narrow, self._kept, numbers, scale, stopped, betas, eps)
+        kernels.step(self._table, addresses, narrow, self._kept, numbers, scale, stopped, betas, eps, self._copied)
         # Autograd counts writes, to refuse a backward pass through what was overwritten. It cannot see a kernel's.
         torch.autograd.graph.increment_version([t for stepped in self._stepped for t in stepped])
 

@@ -56,6 +56,13 @@ class Accord:
         dist.all_gather_object(values, value, group=self._group)
         return values
 
+    def most(self, numbers: Tensor) -> Tensor:
+        """The largest over all ranks, of each of a tensor's numbers on the CPU."""
+        if self._group is not None:
+            numbers = numbers.clone()
+            dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self._group)
+        return numbers
+
     @contextmanager
     def in_turn(self) -> Iterator[None]:
         """The first rank runs what is inside, then the others do. Where it fails there, they raise ConfigError."""

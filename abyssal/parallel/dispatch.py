@@ -1,10 +1,10 @@
 """Tokens on their way to the ranks that hold their experts, and back, while something else is computed.
 
-A token goes once to each rank that holds any of its experts, however many, with its gate values and choices; that rank
-sends back one row for it, weighted and summed, and the token adds up the rows of its ranks. Rows that stay on their
-rank are copied, not sent. How many rows each rank gets is not known before: counts are exchanged first, and the host
-reads them, which is the only time that it waits. Of two ranks nearly every token goes to both: then all go, nothing is
-counted, and they can start before their experts are known.
+A token goes once to each other rank that holds any of its experts, however many, with its gate values and choices; that
+rank sends back one row for it, weighted and summed, and the token adds up the rows of its ranks. Rows that stay are
+worked on by themselves, while those of other ranks are on their way back. How many rows each rank gets is not known
+before: counts are exchanged first, and the host reads them, which is the only time that it waits. Of two ranks nearly
+every token goes to both: then all go, nothing is counted, and they can start before their experts are known.
 
 What is on its way takes two steps, a start and a wait, and so it does on the way back: the backward pass of a wait
 starts the exchange of gradients, and the backward pass of the start waits for it. Autograd goes back through what came
@@ -29,7 +29,8 @@ class Sizes(NamedTuple):
     sent: list[int]  # to each rank of the group; none to itself
     received: list[int]  # from each rank
     own: int  # that stay
-    choices: int  # that fall on this rank's experts, over all rows it works on; as many at most, if all rows go
+    choices: int  # that fall on this rank's experts, over the rows it receives; as many at most, if all rows go
+    own_choices: int  # the same of the rows that stay
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class Plan:
     group: dist.ProcessGroup
     sizes: Sizes
     place: Tensor  # [T, n] int64, a token's rows, each once; -1 where it has fewer than n
-    token: Tensor | None = None  # [rows] int64, the token of each; None: all tokens, for every rank
-    row: Tensor | None = None  # [T, K] int64, the row that a choice's rank gets; None: every rank's has all choices
+    chosen: "Chosen | None" = None  # None: all tokens go to every rank
 
     @property
     def leaving(self) -> int:
@@ -49,8 +49,17 @@ class Plan:
 
     @property
     def coming(self) -> int:
-        """Rows that are received; those that stay lie behind them."""
+        """Rows that are received."""
         return sum(self.sizes.received)
+
+
+class Chosen(NamedTuple):
+    """Which tokens go where, if not all go everywhere."""
+
+    sent: Tensor  # [rows] int64, the token of each row that is sent
+    stay: Tensor  # [own] int64, the tokens that stay
+    row: Tensor  # [T, K] int64, the row that a choice's rank gets
+    place: Tensor  # [T, n] int64, as the plan's, of rows that are sent alone
 
 
 @dataclass
@@ -105,15 +114,17 @@ def plan(indices: Tensor, experts: int, held: int, group: dist.ProcessGroup) -> 
 
     way.wait()
     found = sizes(counts, coming, T, K, experts, group)
-    return Plan(group, found, place, token[: sum(found.sent) + found.own], row)
+    leaving = sum(found.sent)
+    rows = token[:leaving], token[leaving : leaving + found.own]
+    return Plan(group, found, place, Chosen(*rows, row, torch.where(place < leaving, place, -1)))
 
 
 def plan_of_all(tokens: int, chosen: int, group: dist.ProcessGroup, device: torch.device) -> Plan:
     """All of a rank's tokens go to every rank, of which each has so many."""
     ranks, me = group.size(), group.rank()
-    others = [0 if r == me else tokens for r in range(ranks)]
+    others, picks = [0 if r == me else tokens for r in range(ranks)], tokens * chosen
     place = torch.arange(ranks * tokens, device=device).view(ranks, tokens).T.contiguous()
-    return Plan(group, Sizes(others, others, tokens, ranks * tokens * chosen), place)
+    return Plan(group, Sizes(others, others, tokens, (ranks - 1) * picks, picks), place)
 
 
 def reached(experts: int, held: int, chosen: int) -> float:
@@ -134,7 +145,7 @@ def sizes(counts: Tensor, coming: Tensor, tokens: int, chosen: int, experts: int
         given, got = torch.stack((counts, coming)).tolist()
     sent = [0 if r == me else given[r][0] for r in range(ranks)]
     received = [0 if r == me else got[r][0] for r in range(ranks)]
-    return Sizes(sent, received, given[me][0], sum(n for _, n in got))
+    return Sizes(sent, received, given[me][0], sum(got[r][1] for r in range(ranks) if r != me), given[me][1])
 
 
 class Arrived(NamedTuple):
@@ -164,6 +175,14 @@ def depart_choices(weights: Tensor, indices: Tensor, plan: Plan) -> Departure:
     return Departure(_DepartChoices.apply(weights, indices, plan, way), way)
 
 
+def stays(x: Tensor, weights: Tensor, indices: Tensor, plan: Plan) -> Arrived:
+    """The rows that this rank works on of its own."""
+    if plan.chosen is None:
+        return Arrived(x, weights, indices)
+    own = plan.chosen.stay
+    return Arrived(_Stay.apply(x, own), weights.index_select(0, own), indices.index_select(0, own))
+
+
 def arrive(tokens: Departure, choices: Departure, plan: Plan) -> Arrived:
     """Lets what follows wait for what was sent."""
     return Arrived(*_Arrive.apply(tokens.rows, choices.rows, plan, tokens.way, choices.way))
@@ -172,50 +191,48 @@ def arrive(tokens: Departure, choices: Departure, plan: Plan) -> Arrived:
 class Return(NamedTuple):
     """Rows under way to their tokens."""
 
-    y: Tensor  # [R, D] what this rank gives
-    back: Tensor  # [rows that it gets, D]
+    y: Tensor  # [rows received, D] what this rank gives
+    back: Tensor  # [rows sent, D] what it gets
     way: Way
 
 
 def give_back(y: Tensor, plan: Plan) -> Return:
-    """Starts sending back what came of the rows, `y [R, D]`."""
+    """Starts sending back what came of the rows that were received, `y [R, D]`."""
     back, way = y.new_empty(plan.leaving, y.shape[1]), Way()
     return Return(_GiveBack.apply(y, back, plan, way), back, way)
 
 
-def collect(returned: Return, plan: Plan, plus: Tensor | None = None) -> Tensor:
-    """`[T, D]`: waits, and adds up each token's rows, and `plus [T, D]`."""
-    out: Tensor = _Collect.apply(returned.y, plus, returned.back, plan, returned.way)
+def collect(returned: Return, own: Tensor, plan: Plan, plus: Tensor | None = None) -> Tensor:
+    """`[T, D]`: waits, and adds up each token's rows, `own` of those that stayed, and `plus [T, D]`."""
+    out: Tensor = _Collect.apply(returned.y, own, plus, returned.back, plan, returned.way)
     return out
 
 
 def _scatter(x: Tensor, plan: Plan, way: Way) -> Tensor:
-    """Starts sending each token's row to its ranks: `[T, D]` -> `[R, D]`, filled when `way` is waited for."""
-    leaving, coming = plan.leaving, plan.coming
-    out = x.new_empty(coming + plan.sizes.own, x.shape[1])
-    if plan.token is None:
+    """Starts sending each token's row to its other ranks: `[T, D]` -> `[R, D]`, filled when `way` is waited for."""
+    leaving, chosen = plan.leaving, plan.chosen
+    out = x.new_empty(plan.coming, x.shape[1])
+    if chosen is not None:
+        rows = _picked(x, chosen.sent)
+    else:
         rows = x if leaving == x.shape[0] else x.repeat(leaving // x.shape[0], 1)
-    else:
-        rows = x.new_empty(leaving, x.shape[1])
-        _pick(x, plan.token[:leaving], rows)
-    way.send(out[:coming], rows, plan.sizes.received, plan.sizes.sent, plan.group)
-    if plan.token is None:
-        out[coming:].copy_(x)
-    else:
-        _pick(x, plan.token[leaving:], out[coming:])
+    way.send(out, rows, plan.sizes.received, plan.sizes.sent, plan.group)
     return out
 
 
-def _pick(x: Tensor, token: Tensor, out: Tensor) -> None:
-    """`out [rows, D]` = x[token]. A GPU moves a number a thread: long ones are moved at the rate of the memory."""
+def _picked(x: Tensor, token: Tensor) -> Tensor:
+    """x[token]. A GPU moves a number a thread: long ones are moved at the rate of the memory."""
+    out = x.new_empty(token.shape[0], x.shape[1])
+    x, wide = x.contiguous(), out
     if x.shape[1] * x.element_size() % 8 == 0 and x.element_size() < 8:
-        x, out = x.view(torch.int64), out.view(torch.int64)
-    torch.index_select(x, 0, token, out=out)
+        x, wide = x.view(torch.int64), out.view(torch.int64)
+    torch.index_select(x, 0, token, out=wide)
+    return out
 
 
 def _gather(rows: Tensor, back: Tensor, plan: Plan, way: Way) -> None:
     """Starts sending what `_scatter` brought the other way: `[R, D]` into `back [rows sent, D]`."""
-    way.send(back, rows[: plan.coming], plan.sizes.sent, plan.sizes.received, plan.group)
+    way.send(back, rows, plan.sizes.sent, plan.sizes.received, plan.group)
 
 
 class _Depart(torch.autograd.Function):
@@ -225,11 +242,14 @@ class _Depart(torch.autograd.Function):
         return _scatter(x.contiguous(), plan, way)
 
     @staticmethod
-    def backward(ctx: Any, dx_rows: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
         plan, way = ctx.plan, ctx.way
         way.wait()
         back, way.gradient = way.gradient, None
-        return sum_rows((back, dx_rows[plan.coming :]), plan.place), None, None
+        if plan.chosen is not None:
+            return sum_rows((back, back[:0]), plan.chosen.place), None, None
+        others = plan.group.size() - 1
+        return back if others == 1 else back.view(others, -1, back.shape[1]).sum(0), None, None
 
 
 class _DepartChoices(torch.autograd.Function):
@@ -244,10 +264,25 @@ class _DepartChoices(torch.autograd.Function):
     def backward(ctx: Any, _: None) -> tuple[Tensor | None, ...]:
         plan, way = ctx.plan, ctx.way
         way.wait()
-        (d_weights, way.gradient), row = (way.gradient, None), plan.row
-        if row is None:  # of experts that a rank doesn't hold it sent zeros
-            return d_weights.view(plan.group.size(), -1, ctx.chosen).sum(0), None, None, None
-        return d_weights[row, torch.arange(ctx.chosen, device=row.device)], None, None, None
+        back, way.gradient = way.gradient, None
+        if plan.chosen is None:  # of experts that a rank doesn't hold it sent zeros
+            return back.view(plan.group.size() - 1, -1, ctx.chosen).sum(0), None, None, None
+        row = plan.chosen.row.clamp(max=plan.leaving)  # rows that stayed have their gradient elsewhere
+        back = torch.cat((back, back.new_zeros(1, ctx.chosen)))
+        return back[row, torch.arange(ctx.chosen, device=row.device)], None, None, None
+
+
+class _Stay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, own: Tensor) -> Tensor:
+        ctx.save_for_backward(own)
+        ctx.tokens = x.shape[0]
+        return _picked(x, own)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
+        (own,) = ctx.saved_tensors
+        return dx.new_zeros(ctx.tokens, dx.shape[1]).index_copy_(0, own, dx), None
 
 
 class _Arrive(torch.autograd.Function):
@@ -271,12 +306,10 @@ class _Arrive(torch.autograd.Function):
         plan, way, way_of_choices, _ = ctx.plan, ctx.way, ctx.way_of_choices, ctx.saved_tensors
         dx_rows, d_weights = dx_rows.contiguous(), d_weights.contiguous()
         # Gate values first: they are few, and the gate's own backward pass lies before the tokens are waited for.
-        weights_back = d_weights.new_empty(plan.leaving + plan.sizes.own, d_weights.shape[1])
-        _gather(d_weights, weights_back[: plan.leaving], plan, way_of_choices)
-        weights_back[plan.leaving :] = d_weights[plan.coming :]
-        back = dx_rows.new_empty(plan.leaving, dx_rows.shape[1])
-        _gather(dx_rows, back, plan, way)
-        way.gradient, way_of_choices.gradient = back, weights_back
+        way_of_choices.gradient = d_weights.new_empty(plan.leaving, d_weights.shape[1])
+        _gather(d_weights, way_of_choices.gradient, plan, way_of_choices)
+        way.gradient = dx_rows.new_empty(plan.leaving, dx_rows.shape[1])
+        _gather(dx_rows, way.gradient, plan, way)
         return dx_rows, None, None, None, None
 
 
@@ -286,21 +319,31 @@ class _GiveBack(torch.autograd.Function):
         ctx.way = way
         y = y.contiguous()
         _gather(y, back, plan, way)
+        ctx.save_for_backward(y.new_empty(0))  # as in `_Arrive`: own rows may keep nothing
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, dy_rows: Tensor) -> tuple[Tensor | None, ...]:
+        _ = ctx.saved_tensors
         ctx.way.wait()
         return dy_rows, None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, plus: Tensor | None, back: Tensor, plan: Plan, way: Way) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, own: Tensor, plus: Tensor | None, back: Tensor, plan: Plan, way: Way
+    ) -> Tensor:  # fmt: skip
         ctx.plan, ctx.way = plan, way
         way.wait()
-        return sum_rows((back, y[plan.coming :]), plan.place, plus)
+        # Kept so that a block that is computed again comes as far as this wait. What is on its way would be let go of
+        # before it is there, and in a CUDA graph nobody else keeps it.
+        ctx.save_for_backward(own.new_empty(0))
+        return sum_rows((back, own), plan.place, plus)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return _scatter(dy.contiguous(), ctx.plan, ctx.way), dy if ctx.needs_input_grad[1] else None, None, None, None
+        dy, chosen = dy.contiguous(), ctx.plan.chosen
+        sent = _scatter(dy, ctx.plan, ctx.way)
+        own = dy if chosen is None else _picked(dy, chosen.stay)
+        return sent, own, dy if ctx.needs_input_grad[2] else None, None, None, None

@@ -2,7 +2,7 @@
 
 Gate and shared experts stay as they are, over a rank's own tokens. The shared experts are computed while rows are on
 their way: the inner products on the way to the routed experts, the outer one on the way back, where nothing replaced
-them; in the backward pass likewise.
+them, and so are the routed experts of the rank's own rows; in the backward pass likewise.
 """
 
 import torch
@@ -17,6 +17,8 @@ from abyssal.ops.experts import experts
 from abyssal.ops.fork import fork
 from abyssal.parallel.dispatch import (
     Arrived,
+    Plan,
+    Return,
     arrive,
     collect,
     depart,
@@ -25,6 +27,7 @@ from abyssal.parallel.dispatch import (
     plan,
     plan_of_all,
     reached,
+    stays,
 )
 from abyssal.parallel.mesh import Mesh
 from abyssal.parallel.shard import Split, Splits
@@ -51,10 +54,15 @@ class HeldExperts(Pinned):
             nn.Parameter(w.detach()[first : first + held].clone()) for w in (whole.w1, whole.w2, whole.w3)
         )
 
-    def forward(self, rows: Arrived, choices: int) -> Tensor:
-        """`[R, D]`: each row's sum over its experts that are held here; these are at most `choices` in all."""
-        own = rows.indices - self.first
-        return experts(rows.x, self.w1, self.w2, self.w3, own, rows.weights, choices=choices)
+    def forward(self, theirs: Arrived, own: Arrived, plan: Plan) -> tuple[Return, Tensor]:
+        """Each row's sum over its experts that are held here: other ranks' rows first, which are on their way back when
+        this returns, then this rank's own, `[own, D]`."""
+        returned = give_back(self._sums(theirs, plan.sizes.choices), plan)
+        return returned, self._sums(own, plan.sizes.own_choices)
+
+    def _sums(self, rows: Arrived, choices: int) -> Tensor:
+        held = rows.indices - self.first
+        return experts(rows.x, self.w1, self.w2, self.w3, held, rows.weights, choices=choices)
 
 
 class SpreadMoE(nn.Module):
@@ -75,7 +83,7 @@ class SpreadMoE(nn.Module):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
         """`[T, D]` -> `[T, D]` and what the gate decided, of this rank's tokens. Every rank of the group calls it."""
-        x, for_gate, for_shared = fork(x, 3)
+        x, for_own, for_gate, for_shared = fork(x, 4)
         if self.all_go:
             route = plan_of_all(x.shape[0], self.gate.config.num_experts_per_tok, self.group, x.device)
             departed = depart(x, route)  # while the gate makes its choices
@@ -89,10 +97,11 @@ class SpreadMoE(nn.Module):
         # Where another way of spreading, or FP8, has replaced an MLP's forward it goes as one.
         in_two = s is not None and type(s).forward is MLP.forward and "forward" not in s.__dict__
         shared = None if s is None else s.hidden(for_shared) if in_two else s(for_shared)
-        returned = give_back(self.experts(arrive(departed, choices, route), route.sizes.choices), route)
+        own = stays(for_own, routing.weights, routing.indices, route)
+        returned, y = self.experts(arrive(departed, choices, route), own, route)
         if s is not None and in_two:
             shared = s.w2(shared)
-        return collect(returned, route, shared), routing
+        return collect(returned, y, route, shared), routing
 
 
 def spread_experts(model: Transformer, mesh: Mesh) -> Splits:

@@ -63,7 +63,7 @@ def walk(config: TrainConfig, model: ModelConfig, stage: int) -> tuple[Walk, Ord
     tokens = torch.zeros(config.batch_tokens, dtype=torch.int64)
     micro = Microbatch.of(Batch(tokens, lengths, torch.ones(config.batch_tokens)), model.num_nextn_predict_layers)
     context = sum(n * (n + 1) / 2 for n in lengths) / config.batch_tokens
-    work = Work(context, config.batch_tokens / (shape.cp * shape.tp) * (model.num_experts_per_tok or 0))
+    work = Work(context, model.n_routed_experts or 0)
     with _ranks(rank, shape.ranks, bool(config.mesh)):
         mesh = Mesh(shape, DEVICE.type) if config.mesh else None
         with torch.device("meta"):
@@ -140,7 +140,7 @@ def _stages(
         x = torch.empty(local.tokens.shape[0], width, dtype=torch.bfloat16, device=DEVICE, requires_grad=s > 0)
         start = total(memory)
         # A step's first pass gathers parameters, and its last adds gradients up; what is between does neither.
-        once = Work(work.context, work.picks)
+        once = Work(work.context, work.experts)
         with memory, once:
             first = stage(x)
         between = total(memory)

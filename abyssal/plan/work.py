@@ -22,12 +22,12 @@ class Traffic(NamedTuple):
 
 
 class Work(TorchDispatchMode):
-    """While it is on, it counts. `context`: the mean number of tokens that a token attends to. `picks`: how many rows
-    the routed experts get a call, as fake tokens pick nobody; balanced."""
+    """While it is on, it counts. `context`: the mean number of tokens that a token attends to. `experts`: of a layer,
+    on all ranks; fake tokens pick nobody, and are counted as if balanced."""
 
-    def __init__(self, context: float, picks: float) -> None:
+    def __init__(self, context: float, experts: int) -> None:
         super().__init__()
-        self.context, self.picks = context, picks
+        self.context, self.experts = context, experts
         self.flops: Counter[str] = Counter()
         self.passed: Counter[str] = Counter()  # bytes read and written, by kind of operation
         self.traffic: Counter[Traffic] = Counter()
@@ -66,9 +66,15 @@ class Work(TorchDispatchMode):
         self.flops["attention"] += int(2 * q.shape[0] * heads * width * self.context * passes)
 
     def _experts(self, name: str, args: Any) -> None:
-        w1 = next(t for t in args if isinstance(t, Tensor) and t.ndim == 3)
-        passes = 2 if "backward" in name else 1
-        self.flops["experts"] += int(self.picks * 6 * w1.shape[-1] * w1.shape[-2] * passes)
+        if "backward" in name:
+            _, x, w1, _, _, kept, _, _, chosen, _ = args
+            choices, rows, passes = x.shape[0] * chosen, kept.shape[1], 2
+        else:
+            _, w1, _, _, indices, _, rows, _ = args
+            choices, passes = indices.numel(), 1
+        if rows >= choices:  # the host doesn't know how many fall on experts that are here
+            rows = choices * w1.shape[0] / max(self.experts, 1)
+        self.flops["experts"] += int(rows * 6 * w1.shape[-1] * w1.shape[-2] * passes)
 
     def _sent(self, name: str, args: Any) -> None:
         found = next(((what, share) for key, (what, share) in SENT.items() if key in name), None)

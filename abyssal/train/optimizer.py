@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from abyssal.ops.adamw import OnePass, Stepped, fits
+from abyssal.parallel.mesh import MeshShape
 from abyssal.parallel.spread import Piece
 from abyssal.train.config import TrainConfig
 from abyssal.train.gradients import Gradients
@@ -48,11 +50,18 @@ class Optimizer:
             if m is not k.param and m.dtype != k.param.dtype
         ]  # fmt: skip
         params, masters = [self.params[i] for i in self._narrow], [self.masters[i] for i in self._narrow]
-        one_pass = config.optimizer == "adamw" and len(params) == len(kept) and fits(params, masters)
+        adamw = config.optimizer == "adamw"
+        one_pass = adamw and len(params) == len(kept) and fits(params, masters)
         several = config.accumulate > 1
         self._taken = Gradients(params, masters, one_pass and not several, several)
+        # Pieces that FSDP2 made: their gradients are float32, and summed already.
+        self._pieces = adamw and not params and all(isinstance(k, Piece) for k in kept) and _whole(self.masters)
         own = set(self._narrow)
         self._others = [p for i, p in enumerate(self.params) if i not in own]  # that are their own masters, or pieces
+        # Passes add to these gradients themselves. What is captured adds where they lay then: of several microbatches a
+        # step they stay there, and become zero after it. (Pipelines aren't captured.)
+        shape = MeshShape.parse(config.mesh)
+        self._lasting = shape.pp == 1 and config.accumulate > shape.batches
         self._parts = [part_of(name) for name in self.names]
 
         matrices = _matrices(self.names, self.masters) if config.optimizer == "muon" else set()
@@ -74,7 +83,7 @@ class Optimizer:
             )
         if stacked:
             self.optimizers.append(StackedMuon(stacked, config.lr, config.weight_decay))
-        self._pass = self._one_pass() if one_pass else None
+        self._pass = self._one_pass() if one_pass or self._pieces else None
 
     def collect(self) -> None:
         """Takes in the gradients of one microbatch; call it after every `backward`."""
@@ -107,14 +116,14 @@ class Optimizer:
 
     def gradients(self) -> list[tuple[str, Tensor]]:
         """The step's gradients by the parameters' names, in the model's order."""
-        found = [p.grad for p in self.masters] if self._pass is None else self._taken.found
+        found = self._found()
         return [(n, g) for n, g in zip(self.names, found, strict=True) if g is not None]
 
     def squares(self) -> Tensor:
         """The gradient's sum of squares by PARTS, in the masters' dtype."""
         if self._pass is not None:
             self._taken.alike()
-            return self._pass.squares(self._taken.found, len(PARTS))
+            return self._pass.squares(self._found(), len(PARTS))
         wide = torch.promote_types(self.masters[0].dtype, torch.float32)
         sums = torch.zeros(len(PARTS), dtype=wide, device=self.masters[0].device)
         for part in sorted(set(self._parts)):
@@ -139,7 +148,7 @@ class Optimizer:
             self._taken.alike()
             one = torch.ones_like(stopped) if scale is None else scale
             c = self.config
-            self._pass.step(self._taken.found, lr, c.betas, c.eps, one, stopped)
+            self._pass.step(self._found(), lr, c.betas, c.eps, one, stopped)
             self.drop_gradients()
             return
         if muon and not bool(stopped):
@@ -154,6 +163,12 @@ class Optimizer:
         self.drop_gradients()
         self._copy_back()
 
+    def _found(self) -> Sequence[Tensor | None]:
+        """The step's gradients."""
+        if self._pass is None or self._pieces:
+            return [p.grad for p in self.masters]
+        return self._taken.found
+
     def _copy_back(self) -> None:
         if self._narrow:
             torch._foreach_copy_([self.params[i] for i in self._narrow], [self.masters[i] for i in self._narrow])
@@ -163,17 +178,24 @@ class Optimizer:
         adamw, steps = self.optimizers[0], torch.zeros(len(self.masters), device=self.masters[0].device)
         decays = {p: group["weight_decay"] for group in adamw.param_groups for p in group["params"]}
         stepped = []
-        for step, param, master in zip(steps, self.params, self.masters, strict=True):
+        for step, param, master in zip(steps, self.masters if self._pieces else self.params, self.masters, strict=True):
             moments = torch.zeros_like(master), torch.zeros_like(master)
             adamw.state[master] = {"step": step, "exp_avg": moments[0], "exp_avg_sq": moments[1]}
             stepped.append(Stepped(param, master, *moments))
         return OnePass(stepped, steps, [decays[m] for m in self.masters], self._parts)
 
+    @torch.no_grad()
     def drop_gradients(self) -> None:
-        """Forgets the gradients, the masters' and the model's."""
+        """Forgets the gradients, the masters' and the model's; those that last become zero."""
         self._taken.drop()
+        kept = [p.grad for p in self._others] if self._lasting else [None] * len(self._others)
         for p in (*self.masters, *self.params):
             p.grad = None
+        there = [g.to_local() if isinstance(g, DTensor) else g for g in kept if g is not None]
+        if there:
+            torch._foreach_zero_(there)
+        for p, gradient in zip(self._others, kept, strict=True):
+            p.grad = gradient
 
     def state(self) -> dict[str, Tensor]:
         """Everything that the next step depends on, by `kind/parameter`; not copies."""
@@ -204,6 +226,11 @@ class Optimizer:
                 else:
                     state[kind].copy_(value)
         self._copy_back()
+
+
+def _whole(masters: Sequence[Tensor]) -> bool:
+    """Whether AdamW's kernels take all that these have, empty ones left alone."""
+    return fits([m for m in masters if m.numel()], [m for m in masters if m.numel()])
 
 
 def _matrices(names: Sequence[str], masters: Sequence[Tensor]) -> set[str]:

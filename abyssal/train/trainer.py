@@ -151,12 +151,12 @@ class Trainer:
         self.spread = spread_as(config, self.model, mesh, self.device, self.dtype)
         self.optimizer = Optimizer(self.spread.parameters(), config)
         if graphs:
-            self.spread.replay = Replay(self.optimizer.snapshot)
+            self.spread.replay = Replay(self.optimizer.snapshot, self.accord.most)
         if mesh is not None and isinstance(self.spread, Spread):
             pieces = {p.name: p for p in self.spread.parameters()}
             self._part = lambda name, local: described(local, pieces[name], mesh)
             self._writer = StateWriter(dist.new_group(backend="gloo", timeout=LONG), self.device)
-        self.balance = Balance(self.model.gates())
+        self.balance = Balance(self.model.gates(), self.device)
         self.token_set = token_set
         self.lanes = Lanes(token_set.split("train"), config, len(self.model.mtp), *self.spread.reader)
         # The first step whose loss or gradient was not finite, 0 if there was none: from then on nothing is changed.

@@ -28,9 +28,10 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Te
 
 def test_what_fits() -> None:
     narrow, wide = normal(64, dtype=torch.bfloat16), normal(64)
-    assert fits([narrow], [wide])
+    assert fits([narrow], [wide]) and fits([wide], [wide])  # its own master
     assert not fits([], [])
-    assert not fits([wide], [wide]) and not fits([narrow], [wide.double()]) and not fits([narrow.cpu()], [wide.cpu()])
+    assert not fits([wide], [wide.clone()]) and not fits([narrow, wide], [wide, wide])
+    assert not fits([narrow], [wide.double()]) and not fits([narrow.cpu()], [wide.cpu()])
     assert not fits([narrow[1:]], [wide[1:]])  # off the step that is read at a time
     assert not fits([narrow.view(8, 8).T], [wide.view(8, 8)])
 
@@ -38,12 +39,12 @@ def test_what_fits() -> None:
 class Both:
     """The same parameters, stepped by the kernels and by torch."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], own: bool = False) -> None:
         masters = [normal(n, seed=i) * 0.02 for i, n in enumerate(sizes)]
         self.theirs = [nn.Parameter(m.clone()) for m in masters]
         groups = [{"params": [p], "weight_decay": DECAY * (i % 2)} for i, p in enumerate(self.theirs)]
         self.adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
-        self.ours = [Stepped(m.bfloat16(), m, torch.zeros_like(m), torch.zeros_like(m)) for m in masters]
+        self.ours = [Stepped(m if own else m.bfloat16(), m, torch.zeros_like(m), torch.zeros_like(m)) for m in masters]
         self.steps = torch.zeros(len(sizes), device="cuda")
         decays = [DECAY * (i % 2) for i in range(len(sizes))]
         self.one = OnePass(self.ours, self.steps, decays, [i % 2 for i in range(len(sizes))])
@@ -57,9 +58,10 @@ class Both:
         self.one.step(gradients, LR, BETAS, EPS, *given)
 
 
+@pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_steps_are_torchs_to_a_few_last_places(dtype: torch.dtype) -> None:
-    both = Both(SIZES)
+def test_steps_are_torchs_to_a_few_last_places(dtype: torch.dtype, own: bool) -> None:
+    both = Both(SIZES, own)
     for seed in range(12):
         both.step([normal(n, seed=100 * seed + i, dtype=dtype) for i, n in enumerate(SIZES)], 1.0 + seed % 3)
     for p, ours in zip(both.theirs, both.ours, strict=True):
@@ -67,7 +69,7 @@ def test_steps_are_torchs_to_a_few_last_places(dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.exp_avg, state["exp_avg"], rtol=2e-6, atol=1e-7)
         torch.testing.assert_close(ours.exp_avg_sq, state["exp_avg_sq"], rtol=2e-6, atol=1e-9)
         torch.testing.assert_close(ours.master, p.detach(), rtol=1e-6, atol=1e-7)
-        assert torch.equal(ours.param, ours.master.bfloat16())
+        assert torch.equal(ours.param, ours.master if own else ours.master.bfloat16())
     assert both.steps.tolist() == [12.0] * len(SIZES)
 
 

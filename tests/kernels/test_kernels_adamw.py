@@ -23,13 +23,14 @@ PARTS = 3
 class Both:
     """The same parameters, stepped by the kernels and by torch."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], own: bool = False) -> None:
+        """`own`: the parameters are their own masters."""
         g = torch.Generator().manual_seed(0)
         masters = [torch.randn(n, generator=g) * 0.02 for n in sizes]
         self.theirs = [nn.Parameter(m.clone()) for m in masters]
         groups = [{"params": [p], "weight_decay": DECAY * (i % 2)} for i, p in enumerate(self.theirs)]
         self.adamw = torch.optim.AdamW(groups, lr=LR, betas=BETAS, eps=EPS, fused=True)
-        self.ours = [Stepped(m.bfloat16(), m, torch.zeros_like(m), torch.zeros_like(m)) for m in masters]
+        self.ours = [Stepped(m if own else m.bfloat16(), m, torch.zeros_like(m), torch.zeros_like(m)) for m in masters]
         self.steps = torch.zeros(len(sizes))
         decays, parts = [DECAY * (i % 2) for i in range(len(sizes))], [(i * 2) % PARTS for i in range(len(sizes))]
         self.parts = parts
@@ -67,9 +68,10 @@ def gradients_of(
     st.lists(st.sampled_from([1, 7, 64, BLOCK, BLOCK + 8, 2 * BLOCK - 1]), min_size=1, max_size=4),
     st.sampled_from([torch.bfloat16, torch.float32]),
     st.sampled_from([None, 0]),
+    st.booleans(),
 )
-def test_steps_are_torchs(sizes: list[int], dtype: torch.dtype, without: int | None) -> None:
-    both = Both(sizes)
+def test_steps_are_torchs(sizes: list[int], dtype: torch.dtype, without: int | None, own: bool) -> None:
+    both = Both(sizes, own)
     for seed, scale in enumerate((1.0, 3.7, 1.0)):
         both.step(gradients_of(sizes, seed, dtype, without if seed == 1 else None), scale)
         both.check()

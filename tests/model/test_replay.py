@@ -25,14 +25,16 @@ def batch(lengths: list[int]) -> Microbatch:
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=9))
-def test_a_batch_filled_up_has_the_loss_and_the_gradient_that_it_had(lengths: list[int]) -> None:
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=9), st.sampled_from([(0, 0), (11, 3), (2, 40)]))
+def test_a_batch_filled_up_has_the_loss_and_the_gradient_that_it_had(
+    lengths: list[int], given_sizes: tuple[int, int]
+) -> None:
     own = Transformer(ModelConfig.load("tiny").replace(vocab_size=64, num_nextn_predict_layers=2)).double()
     own.init_weights(torch.Generator().manual_seed(0))
     objective, micro = Objective(own), batch(lengths)
     totals = Totals.of([micro])
     found = []
-    full = filled_up(micro)
+    full = filled_up(micro, *given_sizes)
     for each in (micro, full):
         own.zero_grad()
         losses = objective(each, totals, LossScales(0.3, 0.01, 0.01))
@@ -42,7 +44,7 @@ def test_a_batch_filled_up_has_the_loss_and_the_gradient_that_it_had(lengths: li
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     sequences = full.packing.sequences
-    assert sequences & (sequences - 1) == 0 and sequences < 2 * len(lengths)
+    assert sequences & (sequences - 1) == 0 and sequences < 2 * max(len(lengths), given_sizes[0])
     assert max(lengths) <= full.packing.max_len <= sum(lengths)
 
 
@@ -51,4 +53,5 @@ def test_batches_of_one_kind_differ_in_values_alone(model: Transformer) -> None:
     totals = Totals.of([first])
     for a, b in zip(tensors_of(first, totals), tensors_of(second, totals), strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
-    assert counted(first).tolist() == [3, 3, 3] and counted(second).tolist() == [4, 2, 2]
+    wide = torch.float64
+    assert counted(first, wide).tolist() == [3, 3, 3] and counted(second, wide).tolist() == [4, 2, 2]

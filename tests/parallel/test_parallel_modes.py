@@ -3,8 +3,16 @@
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from ranks import on_ranks
 from steps import Steps, compare, settings, take
+
+from abyssal.data import Batch
+from abyssal.model.objective import Microbatch
+from abyssal.model.replay import Replay
+from abyssal.parallel.accord import Accord
+from abyssal.parallel.cut import piece
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +48,22 @@ PRODUCTS = ["dp=2,tp=2", "dp=2,cp=2", "cp=2,tp=2", "ep=2,tp=2", "ep=2,cp=2"]
 @pytest.mark.parametrize("mesh", PRODUCTS)
 def test_four_ranks_take_the_steps_of_one(mesh: str, tokens: Path, tmp_path: Path, alone: Steps) -> None:
     check(4, [mesh], tokens, tmp_path, alone)
+
+
+LENGTHS = [[[9, 3, 4], [16]], [[2, 2, 2, 2, 8], [5, 11]]]  # of each of two ranks, its microbatches of a step
+
+
+def filled_up(pieces: bool) -> list[tuple[int, int]]:
+    """How many sequences each of a rank's microbatches has then, and how long they may be."""
+    rank = dist.get_rank()
+    made = [Microbatch.of(Batch(torch.zeros(16, dtype=torch.int64), n, torch.ones(16)), 0) for n in LENGTHS[rank]]
+    if pieces:
+        made = [piece(micro, 1, 0, 2, rank) for micro in made]
+    found = Replay(lambda: lambda: None, Accord(True).most).alike(made)
+    assert all(torch.equal(a.tokens, b.tokens) and a.totals == b.totals for a, b in zip(made, found, strict=True))
+    return [(micro.packing.sequences, micro.packing.max_len) for micro in found]
+
+
+def test_batches_that_are_captured_are_of_the_same_kinds_on_all_ranks() -> None:
+    assert on_ranks(2, filled_up, False) == [[(8, 16), (2, 16)]] * 2
+    assert on_ranks(2, filled_up, True) == [[(3, 9), (1, 16)], [(5, 8), (2, 11)]]  # those are not captured
