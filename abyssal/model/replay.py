@@ -25,7 +25,8 @@ from abyssal.model.objective import LossScales, Microbatch, Totals
 WARM = 2  # passes of a kind before it is captured: kernels are compiled and workspaces made, which a capture may not
 Work = Callable[[Microbatch, Totals], Tensor]  # passes over a batch on the device; sums of losses
 Snapshot = Callable[[], Callable[[], None]]
-MOST = 8  # graphs that are kept, each with gradients of its own; the least used goes
+MOST = 4  # graphs that are kept, each with gradients of its own
+STALE = 64  # passes without a graph, after which another may have its place
 
 
 def own_stream(device: torch.device) -> None:
@@ -66,7 +67,9 @@ class Replay:
         self._snapshot, self._most = snapshot, most
         self._seen: Counter[Kind] = Counter()
         self._waiting: set[Kind] = set()
-        self._captured: OrderedDict[Kind, _Graph] = OrderedDict()
+        self._captured: OrderedDict[Kind, _Graph] = OrderedDict()  # the least recently used first
+        self._used: dict[Kind, int] = {}
+        self._passes = 0
         self._pool: Any = None
 
     def alike(self, microbatches: Sequence[Microbatch]) -> list[Microbatch]:
@@ -87,7 +90,8 @@ class Replay:
         kind = Kind(
             micro.tokens.shape[0], packing.sequences, packing.max_len, len(micro.targets) - 1, first, scales
         )  # fmt: skip
-        if kind in self._waiting:
+        self._passes += 1
+        if kind in self._waiting or (kind not in self._captured and not self._room()):
             return work(micro.to(device), totals)
         if kind not in self._captured:
             self._seen[kind] += 1
@@ -99,10 +103,11 @@ class Replay:
                 if int(self._most(torch.tensor(len(found_waiting)))):  # on any rank
                     self._waiting.add(kind)
                 return sums
-            while len(self._captured) >= MOST:
+            if len(self._captured) >= MOST:
                 self._captured.popitem(last=False)[1].graph.reset()
             self._captured[kind] = self._capture(work, micro, totals, device)
         self._captured.move_to_end(kind)
+        self._used[kind] = self._passes
         found = self._captured[kind]
         for own, new in zip(found.inputs, tensors_of(micro, totals), strict=True):
             own.copy_(new.pin_memory() if new.device.type == "cpu" else new, non_blocking=True)
@@ -120,6 +125,11 @@ class Replay:
         for found in self._captured.values():
             found.graph.reset()
         self._captured.clear()
+        self._pool = None
+
+    def _room(self) -> bool:
+        """Whether a graph more may be captured: fewer are kept than may be, or one has long not been used."""
+        return len(self._captured) < MOST or self._passes - self._used[next(iter(self._captured))] > STALE
 
     def _capture(self, work: Work, micro: Microbatch, totals: Totals, device: torch.device) -> _Graph:
         own = micro.to(device)

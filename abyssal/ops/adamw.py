@@ -83,7 +83,7 @@ class OnePass:
         addresses, narrow, _alive = self._addresses(gradients)
         on = 1 - stopped
         if any(g is None for g in gradients):
-            on = on * torch.tensor([g is not None for g in gradients], dtype=torch.float32).to(on.device)
+            on = on * sent(torch.tensor([g is not None for g in gradients], dtype=torch.float32), on.device)
         self._steps += on
         taken = self._steps[self._places].double()
         corrections = [-torch.expm1(taken * math.log(b)) if b > 0 else torch.ones_like(taken) for b in betas]

@@ -320,7 +320,7 @@ class _GiveBack(torch.autograd.Function):
         y = y.contiguous()
         _gather(y, back, plan, way)
         ctx.save_for_backward(y.new_empty(0))  # as in `_Arrive`: own rows may keep nothing
-        return y.view_as(y)
+        return y.detach()  # FSDP2 warns of views that a module returns
 
     @staticmethod
     def backward(ctx: Any, dy_rows: Tensor) -> tuple[Tensor | None, ...]:

@@ -24,7 +24,8 @@ DATA = ("dp", "ep")  # the ranks that read different batches
 PIECES = ("cp", "tp")  # the ranks that have different tokens of the same batch
 # What ranks do something together. All of them must make each group at the same point, but for instance a stage without
 # experts has no use for the group of those that hold the same experts; so all are made at the beginning.
-TOGETHER = (AXES, STAGE, DATA, PIECES, ("dp", "cp", "tp"), ("dp", "ep", "cp"))
+PARAMETERS = (STAGE, ("dp", "cp", "tp"), ("dp", "ep", "cp"))  # that hold the same ones (see `shard.py`)
+TOGETHER = (AXES, DATA, PIECES, *PARAMETERS)
 PATIENCE = timedelta(minutes=10)  # with a rank that doesn't come to a collective
 # Multiprocessors that gathers and sums of parameters may take from what is computed beside them. NCCL would take 24 of
 # an H100's 132 for more speed than it needs: a kernel made of one program a multiprocessor then runs twice as long.
@@ -99,9 +100,10 @@ class Mesh:
         rows = self.whole.mesh.movedim(AXES.index("ep"), -1).flatten(0, -2).tolist()
         self.exchange = dist.new_subgroups_by_enumeration(rows)[0] if shape.ep > 1 else self.group("ep")
         if device_type == "cuda":
-            for mesh in self._parts.values():
-                _hurry(mesh.get_group(), BESIDE)
+            for group in {self.group(*axes) for axes in PARAMETERS}:
+                _hurry(group, BESIDE)
             _hurry(self.exchange)
+            torch._C._set_sm_carveout_experimental(BESIDE if self.size(*STAGE) > 1 else None)
 
     def over(self, *axes: str) -> DeviceMesh:
         """The one-dimensional mesh of the ranks that differ from this one on these axes alone, in AXES' order."""
@@ -163,7 +165,6 @@ def start(device: torch.device) -> torch.device:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-        torch._C._set_sm_carveout_experimental(BESIDE)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, rank, world = next(rendezvous("env://", timeout=PATIENCE))
@@ -173,5 +174,6 @@ def start(device: torch.device) -> torch.device:
 
 def leave() -> None:
     """Parts from the other ranks, if there are any."""
+    torch._C._set_sm_carveout_experimental(None)
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -71,8 +71,9 @@ class Work(TorchDispatchMode):
             choices, rows, passes = x.shape[0] * chosen, kept.shape[1], 2
         else:
             _, w1, _, _, indices, _, rows, _ = args
-            choices, passes = indices.numel(), 1
-        if rows >= choices:  # the host doesn't know how many fall on experts that are here
+            choices, chosen, passes = indices.numel(), indices.shape[1], 1
+        # The host doesn't know how many fall on experts that are here; of one a token, it does (`dispatch.reached`).
+        if rows >= choices and chosen > 1:
             rows = choices * w1.shape[0] / max(self.experts, 1)
         self.flops["experts"] += int(rows * 6 * w1.shape[-1] * w1.shape[-2] * passes)
 

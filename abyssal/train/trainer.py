@@ -118,7 +118,8 @@ def resolve_device(config: TrainConfig) -> tuple[torch.device, torch.dtype]:
 
 
 class Trainer:
-    """A run in memory. `done` steps have been taken, in `seconds` of training.
+    """A run in memory. `done` steps have been taken, in `seconds` of training. On a GPU it computes on a stream of its
+    own, which becomes this thread's (`own_stream`): another thread that reads the model waits for it.
 
     Raises ConfigError naming the key for settings that do not fit the model.
     """
