@@ -30,11 +30,11 @@ from abyssal.config import ModelConfig
 from abyssal.data import Batch
 from abyssal.model.balance import Balance, max_violation
 from abyssal.model.objective import LossScales, Microbatch
-from abyssal.model.replay import Replay, own_stream
 from abyssal.model.transformer import Transformer
 from abyssal.parallel import Mesh, MeshShape
 from abyssal.parallel.accord import Accord
 from abyssal.parallel.mesh import start
+from abyssal.parallel.replay import Replay, own_stream
 from abyssal.train.alone import spread_as
 from abyssal.train.config import TrainConfig
 from abyssal.train.optimizer import Optimizer

@@ -7,15 +7,14 @@ a whole sequence is asked for through `whole`, which sums a tensor over the piec
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from abyssal.model.balance import (
-    Balance,
     Sequences,
     Whole,
     alone,
@@ -28,9 +27,6 @@ from abyssal.model.packing import Packing, shift
 from abyssal.model.transformer import Transformer
 from abyssal.ops.cross_entropy import CHUNK_LOGITS, linear_cross_entropy
 from abyssal.ops.device import sent
-
-if TYPE_CHECKING:
-    from abyssal.model.replay import Replay
 
 
 class Packed(Protocol):
@@ -220,30 +216,6 @@ class Objective(nn.Module):
         """How well the main model and, where the batch is for them, the MTP modules predict; without gradients."""
         with torch.no_grad():
             return Measured.of(self.model, micro)
-
-
-def passes(
-    objective: Objective, microbatches: Sequence[Microbatch], totals: Totals, scales: LossScales, balance: Balance,
-    device: torch.device, after_each: Callable[[], None] = lambda: None, replay: "Replay | None" = None,
-) -> Tensor:  # fmt: skip
-    """Forward and backward over microbatches, each brought to `device` for its pass, which `replay` may know already.
-    Returns the sums of loss, main loss, balance loss and the MTP modules' losses, `[3 + modules]`."""
-
-    def work(micro: Microbatch, totals: Totals) -> Tensor:
-        loss = objective(micro, totals, scales)
-        loss.total.backward()
-        if balance.gates:
-            balance.observe(loss.routings, loss.live)
-        return torch.stack([loss.total.detach(), loss.main, loss.balance, *loss.mtp])
-
-    sums = []
-    for number, micro in enumerate(microbatches if replay is None else replay.alike(microbatches)):
-        if replay is None:
-            sums.append(work(micro.to(device), totals))
-        else:
-            sums.append(replay(work, micro, totals, scales, number == 0, device))
-        after_each()
-    return torch.stack(sums).sum(0)
 
 
 def prediction_losses(

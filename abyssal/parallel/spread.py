@@ -9,15 +9,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from abyssal.model.balance import Balance
-from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals, passes
-from abyssal.model.replay import Replay
+from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals
 from abyssal.model.transformer import Transformer
 from abyssal.ops.device import sent
 from abyssal.parallel.context import spread_context
 from abyssal.parallel.cut import cut, padded
 from abyssal.parallel.experts import spread_experts
 from abyssal.parallel.mesh import AXES, DATA, PIECES, STAGE, Mesh
+from abyssal.parallel.passes import passes
 from abyssal.parallel.pipeline import Pipeline
+from abyssal.parallel.replay import Replay
 from abyssal.parallel.shard import Split, Splits, drop_gathered, shard
 from abyssal.parallel.tensor import spread_tensor
 

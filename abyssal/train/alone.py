@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from abyssal.model.balance import Balance
-from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals, passes
-from abyssal.model.replay import Replay
+from abyssal.model.objective import LossScales, Measured, Microbatch, Objective, Totals
 from abyssal.model.transformer import Transformer
 from abyssal.ops.device import sent
 from abyssal.parallel import Mesh, Spread
+from abyssal.parallel.passes import passes
+from abyssal.parallel.replay import Replay
 from abyssal.parallel.spread import place
 from abyssal.train.config import TrainConfig
 from abyssal.train.optimizer import Kept

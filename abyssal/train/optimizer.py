@@ -98,7 +98,7 @@ class Optimizer:
                 master.grad = param.grad.to_local()
 
     def snapshot(self) -> Callable[[], None]:
-        """What makes the gradients that a pass has left by now be there again (see `abyssal.model.replay`)."""
+        """What makes the gradients that a pass has left by now be there again (see `abyssal.parallel.replay`)."""
         taken, at = self._taken.snapshot(), [p.grad for p in self._others]
 
         def again() -> None:

@@ -17,11 +17,11 @@ from abyssal.config import ConfigError, ModelConfig
 from abyssal.data import TokenSet
 from abyssal.model.balance import Balance
 from abyssal.model.objective import LossScales, Microbatch
-from abyssal.model.replay import Replay, own_stream
 from abyssal.model.transformer import Transformer
 from abyssal.parallel import Mesh, MeshShape, Spread
 from abyssal.parallel.accord import LONG, Accord
 from abyssal.parallel.mesh import start
+from abyssal.parallel.replay import Replay, own_stream
 from abyssal.parallel.state import described
 from abyssal.train.alone import Alone, spread_as
 from abyssal.train.config import TrainConfig

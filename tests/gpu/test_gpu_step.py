@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from abyssal.data import Tokenizer, TokenSet, prepare
-from abyssal.model.replay import WARM
+from abyssal.parallel.replay import WARM
 from abyssal.train import TrainConfig
 from abyssal.train.diagnose import NotFinite
 from abyssal.train.trainer import Trainer

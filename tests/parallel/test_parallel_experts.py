@@ -74,13 +74,14 @@ def tokens_of(rank: int, choices: list[list[int]], K: int) -> tuple[Tensor, Tens
     return x.requires_grad_(), torch.rand(T, K, generator=g, dtype=torch.float64).requires_grad_(), indices, dy
 
 
-def one_rank(names: list[tuple[str, bool]], all_go: bool) -> list[dict[str, Tensor]]:
-    """What a rank's tokens come to, and its gradients; `all_go`: with all tokens sent to both ranks."""
+def one_rank(names: list[tuple[str, bool, bool]]) -> list[dict[str, Tensor]]:
+    """What a rank's tokens come to, and its gradients: of a routing, with shared experts or without, and with all
+    tokens sent to both ranks or those that must."""
     found = []
     chosen = experts._chosen
     # As on a GPU, where experts that get nothing keep nothing for the backward pass.
     experts._chosen = lambda x, *others: chosen(x, *others) if x.shape[0] else "grouped"
-    for name, shared in names:
+    for name, shared, all_go in names:
         both = ROUTINGS[name]
         K = max(len(row) for choices in both for row in [*choices, [0]])
         x, weights, indices, dy = tokens_of(dist.get_rank(), both[dist.get_rank()], K)
@@ -108,12 +109,12 @@ def gradients(moe: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in moe.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("all_go", [False, True])
-def test_any_routing_comes_to_what_one_process_makes_of_it(all_go: bool) -> None:
+def test_any_routing_comes_to_what_one_process_makes_of_it() -> None:
     alike = [name for name, both in ROUTINGS.items() if len(both[0]) == len(both[1])]
-    cases = [(name, shared) for name in (alike if all_go else ROUTINGS) for shared in (True, False)]
-    results = on_ranks(2, one_rank, cases, all_go)
-    for number, (name, shared) in enumerate(cases):
+    cases = [(name, shared, False) for name in ROUTINGS for shared in (True, False)]
+    cases += [(name, shared, True) for name in alike for shared in (True, False)]
+    results = on_ranks(2, one_rank, cases)
+    for number, (name, shared, _) in enumerate(cases):
         both = ROUTINGS[name]
         K = max(len(row) for choices in both for row in [*choices, [0]])
         pieces = [tokens_of(rank, choices, K) for rank, choices in enumerate(both)]
@@ -144,6 +145,10 @@ class Marked(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         ctx.events.append("experts")
         return dy, None
+
+
+def orders() -> list[tuple[list[str], list[str]]]:
+    return [order_of_events(all_go) for all_go in (False, True)]
 
 
 def order_of_events(all_go: bool) -> tuple[list[str], list[str]]:
@@ -179,18 +184,16 @@ def order_of_events(all_go: bool) -> tuple[list[str], list[str]]:
     parallel_experts.experts = plain
     split = len(events)
     y.backward(dy)
+    Way.send, Way.wait = send, wait  # type: ignore[method-assign]
     return events[:split], events[split:]
 
 
 def test_shared_experts_and_own_rows_are_computed_between_a_start_and_its_wait() -> None:
     counts, rest = ["start", "wait"], ["w1", "wait", "wait", "experts", "start", "experts", "w2", "wait"]
     back = ["start", "w2", "experts", "wait", "experts", "start", "start", "w1", "wait", "wait"]
-    for forward, backward in on_ranks(2, order_of_events, False):
-        assert forward == ["gate", *counts, "start", "start", *rest]
-        assert backward == back
-    for forward, backward in on_ranks(2, order_of_events, True):
-        assert forward == ["start", "gate", "start", *rest]
-        assert backward == back
+    for counted, all_go in on_ranks(2, orders):
+        assert counted == (["gate", *counts, "start", "start", *rest], back)
+        assert all_go == (["start", "gate", "start", *rest], back)
 
 
 def test_experts_that_ranks_cannot_divide_are_refused() -> None:

@@ -10,9 +10,9 @@ from steps import Steps, compare, settings, take
 
 from abyssal.data import Batch
 from abyssal.model.objective import Microbatch
-from abyssal.model.replay import Replay
 from abyssal.parallel.accord import Accord
 from abyssal.parallel.cut import piece
+from abyssal.parallel.replay import Replay
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,11 @@ def test_four_ranks_take_the_steps_of_one(mesh: str, tokens: Path, tmp_path: Pat
 LENGTHS = [[[9, 3, 4], [16]], [[2, 2, 2, 2, 8], [5, 11]]]  # of each of two ranks, its microbatches of a step
 
 
-def filled_up(pieces: bool) -> list[tuple[int, int]]:
+def filled_up() -> list[list[tuple[int, int]]]:
+    return [sizes(pieces) for pieces in (False, True)]
+
+
+def sizes(pieces: bool) -> list[tuple[int, int]]:
     """How many sequences each of a rank's microbatches has then, and how long they may be."""
     rank = dist.get_rank()
     made = [Microbatch.of(Batch(torch.zeros(16, dtype=torch.int64), n, torch.ones(16)), 0) for n in LENGTHS[rank]]
@@ -65,5 +69,6 @@ def filled_up(pieces: bool) -> list[tuple[int, int]]:
 
 
 def test_batches_that_are_captured_are_of_the_same_kinds_on_all_ranks() -> None:
-    assert on_ranks(2, filled_up, False) == [[(8, 16), (2, 16)]] * 2
-    assert on_ranks(2, filled_up, True) == [[(3, 9), (1, 16)], [(5, 8), (2, 11)]]  # those are not captured
+    (whole, pieces), (other, others) = on_ranks(2, filled_up)
+    assert whole == other == [(8, 16), (2, 16)]
+    assert [pieces, others] == [[(3, 9), (1, 16)], [(5, 8), (2, 11)]]  # those are not captured

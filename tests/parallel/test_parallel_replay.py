@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_ranks
@@ -16,11 +15,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from abyssal.data import TokenSet
-from abyssal.model import replay
 from abyssal.model.objective import Microbatch, Totals
-from abyssal.model.replay import Replay, Work, counted, tensors_of
+from abyssal.parallel import replay
 from abyssal.parallel.dispatch import Way
 from abyssal.parallel.experts import SpreadMoE
+from abyssal.parallel.replay import Replay, Work, counted, tensors_of
 from abyssal.train.optimizer import Optimizer
 from abyssal.train.trainer import Trainer
 
@@ -107,18 +106,26 @@ def norms(tokens: Path, out: Path, mesh: str, accumulate: int, taped: bool) -> t
     return found, getattr(trainer.spread.replay, "captured", 0)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4, 6])
-def test_captured_passes_over_two_ranks_leave_the_gradients_of_launched_ones(
-    tokens: Path, tmp_path: Path, accumulate: int
-) -> None:
-    launched = on_ranks(2, norms, tokens, tmp_path, "dp=2", accumulate, False)
-    replayed = on_ranks(2, norms, tokens, tmp_path, "dp=2", accumulate, True)
-    for (one, _), (other, captured) in zip(launched, replayed, strict=True):
-        assert captured > 0
-        torch.testing.assert_close(torch.tensor(other), torch.tensor(one), rtol=1e-4, atol=1e-5)
+COUNTS = (2, 4, 6)  # microbatches of a step, over both ranks
 
 
-def unfinished(all_go: bool, shared: bool) -> int:
+def launched_and_captured(tokens: Path, out: Path) -> list[list[tuple[list[list[float]], int]]]:
+    return [[norms(tokens, out, "dp=2", count, taped) for count in COUNTS] for taped in (False, True)]
+
+
+def test_captured_passes_over_two_ranks_leave_the_gradients_of_launched_ones(tokens: Path, tmp_path: Path) -> None:
+    for launched, replayed in on_ranks(2, launched_and_captured, tokens, tmp_path):
+        for count, (one, _), (other, captured) in zip(COUNTS, launched, replayed, strict=True):
+            assert captured > 0
+            same = torch.testing.assert_close
+            same(torch.tensor(other), torch.tensor(one), rtol=1e-4, atol=1e-5, msg=f"{count} microbatches")
+
+
+def unfinished() -> list[int]:
+    return [unfinished_of(all_go, shared) for all_go in (False, True) for shared in (False, True)]
+
+
+def unfinished_of(all_go: bool, shared: bool) -> int:
     """Exchanges of a block that is computed again, forward and backward, that nobody waited for."""
     ways: list[Way] = []
     send = Way.send
@@ -135,12 +142,11 @@ def unfinished(all_go: bool, shared: bool) -> int:
     spread.gate, spread.all_go = Fixed(weights, indices), all_go
     y, _ = checkpoint(spread, x, use_reentrant=False)
     y.backward(dy)
+    Way.send = send  # type: ignore[method-assign]
     assert len(ways) == (11 if not all_go else 9)
     return sum(bool(way.works) for way in ways)
 
 
-@pytest.mark.parametrize("all_go", [False, True])
-@pytest.mark.parametrize("shared", [False, True])
-def test_what_is_on_its_way_when_a_block_is_computed_again_is_waited_for(all_go: bool, shared: bool) -> None:
+def test_what_is_on_its_way_when_a_block_is_computed_again_is_waited_for() -> None:
     """In a graph nothing else keeps what is received into: the next kernels would write there."""
-    assert on_ranks(2, unfinished, all_go, shared) == [0, 0]
+    assert on_ranks(2, unfinished) == [[0, 0, 0, 0]] * 2

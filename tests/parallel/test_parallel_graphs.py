@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from abyssal.config import ModelConfig
 from abyssal.data import Batch
 from abyssal.model.objective import LossScales, Microbatch, Objective, Totals
-from abyssal.model.replay import counted, filled_up, tensors_of
 from abyssal.model.transformer import Transformer
+from abyssal.parallel.replay import counted, filled_up, tensors_of
 
 
 @pytest.fixture(scope="module")
