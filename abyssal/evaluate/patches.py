@@ -197,7 +197,8 @@ def _copy(instance: Instance, folder: Path) -> Path:
 
 
 def _tested(instance: Instance, files: Mapping[str, str]) -> dict[str, str]:
-    """The files, with each that the instance's tests change as they have it, whatever it was."""
+    """The files, with each that the instance's tests change or stand in as they have it, whatever it was, and none that
+    Python would import in a test's place."""
     with tempfile.TemporaryDirectory() as folder:
         copy = _copy(instance, Path(folder))
         before = _files(copy)
@@ -205,8 +206,11 @@ def _tested(instance: Instance, files: Mapping[str, str]) -> dict[str, str]:
         if refused:
             raise ValueError(f"{instance.instance_id}: test_patch: {refused}")
         after = _files(copy)
-    kept = {path: text for path, text in files.items() if path in after or path not in before}
-    return kept | {path: text for path, text in after.items() if before.get(path) != text}
+    tests = {test.partition("::")[0] for test in (*instance.fail_to_pass, *instance.pass_to_pass)}
+    packages = tuple(path.removesuffix(".py") + "/" for path in tests)  # of a test's name: they come before its file
+    new = {path for path in files if path not in before and not path.startswith(packages)}
+    kept = {path: text for path, text in files.items() if path in after or path in new}
+    return kept | {path: text for path, text in after.items() if before.get(path) != text or path in tests}
 
 
 def _files(copy: Path) -> dict[str, str]:

@@ -53,7 +53,7 @@ def git(repo: Path, *words: str) -> str:
 
 def changed(repo: Path, path: str, text: str) -> str:
     """The patch that makes a file so; the repository stays as it was."""
-    (repo / path).parent.mkdir(exist_ok=True)
+    (repo / path).parent.mkdir(parents=True, exist_ok=True)
     (repo / path).write_text(text)
     git(repo, "add", "-N", path)
     patch = git(repo, "diff")
@@ -163,6 +163,23 @@ def test_a_patch_can_neither_change_the_tests_nor_leave_the_repository(instance:
     git(instance.repo, "checkout", "-q", instance.base_commit)
     found = judge(instance, changed(instance.repo, *leaves))
     assert found.end == "failed" and "PermissionError" in found.why
+
+
+def test_a_patch_can_change_no_test_that_the_repository_has_nor_stand_in_its_place(instance: Instance) -> None:
+    repo = instance.repo
+    git(repo, "checkout", "-q", instance.base_commit)
+    (repo / "tests").mkdir()
+    (repo / "tests/test_text.py").write_text(TESTS)
+    git(repo, "add", "tests")
+    git(repo, "commit", "-q", "-m", "with its tests")
+    whole = replace(instance, base_commit=git(repo, "rev-parse", "HEAD").strip(), test_patch="")
+    patches.check(whole)
+    lenient = TESTS.replace('"AL"', '"al"')
+    assert judge(whole, changed(repo, "tests/test_text.py", lenient)).end == "failed"
+    for own in (whole, instance):
+        git(repo, "checkout", "-q", own.base_commit)
+        assert judge(own, changed(repo, "tests/test_text/__init__.py", lenient)).end == "failed"
+        assert judge(own, patch_with(own, "upper")).end == "resolved"
 
 
 def test_an_instance_whose_tests_are_otherwise_than_it_says_is_refused(instance: Instance, tmp_path: Path) -> None:
