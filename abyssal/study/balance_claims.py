@@ -39,8 +39,8 @@ NAMES: dict[Number, str] = {
 
 @dataclass(frozen=True)
 class Claim:
-    """That a number of variant `left` is below (-1) or above (1) that of `right`, or apart by no more than `alike` (0);
-    and what the runs say of it, paired by seed."""
+    """That a number of variant `left` is below (-1) or above (1) that of `right`, or above it by no more than `alike`
+    (0): to be below is no cost; and what the runs say of it, paired by seed."""
 
     where: str
     says: str
@@ -55,7 +55,7 @@ class Claim:
     def holds(self) -> bool:
         """Not what chance may have made: the whole interval is where the claim has it."""
         if self.expected == 0:
-            return abs(self.found.mean) + self.found.margin <= self.alike
+            return self.found.mean + self.found.margin <= self.alike
         return self.found.sign == self.expected
 
     @property
@@ -63,7 +63,7 @@ class Claim:
         if self.holds:
             return "shown"
         if self.expected == 0:
-            return "NOT SO" if abs(self.found.mean) - self.found.margin > self.alike else "not resolved"
+            return "NOT SO" if self.found.mean - self.found.margin > self.alike else "not resolved"
         return "NOT SO: the reverse" if self.found.sign else "not resolved"
 
     def compared(self, labels: Mapping[str, str]) -> str:

@@ -222,6 +222,8 @@ def test_verdicts_follow_the_numbers():
     assert lower[better] == "shown" and lower[alike] == "NOT SO"
     higher = judged(bits={**numbers().bits, "one": [2.1, 2.2001, 2.2999]})
     assert higher[better] == "NOT SO: the reverse" and higher[alike] == "NOT SO"
+    second = "A second module costs the main model nothing more"
+    assert base[second] == higher[second] == "shown" and lower[second] == "NOT SO"
     good = judged(faster=[1.9, 1.91, 1.92], accepted=[0.9, 0.91, 0.92], sampled=[0.9, 0.91, 0.92])
     assert good[faster] == good[much] == good["85% or more of the drafts are accepted"] == "shown"
     unlike = judged(of_kind=[{"a": 0.4, "b": 0.6}, {"a": 0.41, "b": 0.62}, {"a": 0.6, "b": 0.41}])
