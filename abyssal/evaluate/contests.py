@@ -91,16 +91,39 @@ def rule(problem: Problem, program: str) -> Ruling:
     return Ruling(problem.id, "accepted")
 
 
-# A program may end by sys.exit, and read the standard input as descriptor 0.
+# A program may end by exit, and read and write the standard streams as descriptors 0 and 1, as fast templates do.
 _PROGRAM = """
-import builtins, io, json, sys
+import builtins, io, json, os, sys, types
 
 program, given, expected = json.loads({words!r})
-sys.stdin = io.TextIOWrapper(io.BytesIO(given.encode()))
-written = io.BytesIO()
-sys.stdout = io.TextIOWrapper(written, write_through=True)
-really = builtins.open
-builtins.open = lambda file, *a, **k: sys.stdin if file in (0, "/dev/stdin") else really(file, *a, **k)
+
+class Stream(io.BytesIO):
+    def __init__(self, number, data=b""):
+        super().__init__(data)
+        self.number = number
+
+    def fileno(self):
+        return self.number
+
+    def close(self):
+        pass  # nor by what a program replaces
+
+data = given.encode()
+asked, written = Stream(0, data), Stream(1)
+sys.stdin, sys.stdout = io.TextIOWrapper(asked), io.TextIOWrapper(written, write_through=True)
+sys.stdin.mode, sys.stdout.mode = "r", "w"
+builtins.exit = builtins.quit = sys.exit
+really, read, write, fstat = builtins.open, os.read, os.write, os.fstat
+
+def opened(file, mode="r", *a, **k):
+    if file in (0, "/dev/stdin"):
+        return asked if "b" in mode else sys.stdin
+    return really(file, mode, *a, **k)
+
+builtins.open = opened
+os.read = lambda file, size: asked.read(size) if file == 0 else read(file, size)
+os.write = lambda file, data: written.write(data) if file == 1 else write(file, data)
+os.fstat = lambda file: types.SimpleNamespace(st_size=len(data)) if file == 0 else fstat(file)
 try:
     exec(compile(program, "<answer>", "exec"), {{"__name__": "__main__"}})
 except SystemExit as end:

@@ -182,6 +182,42 @@ def test_a_patch_can_change_no_test_that_the_repository_has_nor_stand_in_its_pla
         assert judge(own, patch_with(own, "upper")).end == "resolved"
 
 
+FAST = """
+import os, sys
+from io import BytesIO, IOBase
+class Fast(IOBase):
+    def __init__(self, file):
+        self.fd, self.buffer, self.writable = file.fileno(), BytesIO(), "r" not in file.mode
+    def readline(self):
+        size = os.fstat(self.fd).st_size
+        return os.read(self.fd, max(size, 8192)).decode()
+    def write(self, text):
+        self.buffer.write(text.encode())
+    def flush(self):
+        if self.writable:
+            os.write(self.fd, self.buffer.getvalue())
+sys.stdin, sys.stdout = Fast(sys.stdin), Fast(sys.stdout)
+print(sum(map(int, sys.stdin.readline().split())))
+"""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "print(sum(map(int, open(0).read().split())))",
+        "print(sum(map(int, open(0, 'rb').read().decode().split())))",
+        "import os\nprint(sum(map(int, os.read(0, os.fstat(0).st_size).split())))",
+        "import os\nos.write(1, str(sum(map(int, input().split()))).encode())",
+        "import sys\nsys.stdout.buffer.write(str(sum(map(int, sys.stdin.buffer.readline().split()))).encode())",
+        "print(sum(map(int, input().split())))\nexit()",
+        "print(sum(map(int, input().split())))\nquit(0)",
+        FAST,
+    ],
+)
+def test_a_program_reads_and_writes_as_contests_programs_do(program: str) -> None:
+    assert rule(SUM, program) == contests.Ruling("sum-1", "accepted")
+
+
 def test_an_instance_whose_tests_are_otherwise_than_it_says_is_refused(instance: Instance, tmp_path: Path) -> None:
     swapped = replace(instance, fail_to_pass=instance.pass_to_pass, pass_to_pass=())
     with pytest.raises(ValueError, match=r"calc-1: tests/test_text.py::test_no_name passes without a patch"):
