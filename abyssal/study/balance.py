@@ -17,7 +17,7 @@ from abyssal.study.balance_measure import Found, measured
 from abyssal.study.balance_pictures import curves, heat, smoothed
 from abyssal.study.balance_tables import by_kind, by_layer, papers, table, texts_of, verdicts
 from abyssal.study.result import Result, machine
-from abyssal.study.texts import open_texts
+from abyssal.study.texts import open_texts, source_of
 from abyssal.study.trained import Plan, Trained, Variant, train_all
 from abyssal.train.config import TrainConfig
 from abyssal.train.trainer import resolve_device
@@ -143,7 +143,7 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
             verdicts(said, labels),
             by_layer(found, labels, dense),
             by_kind(runs, labels, texts.kinds),
-            texts_of(texts, _source(settings)),
+            texts_of(texts, source_of(settings.data)),
         ),
         pictures=(curves(runs, labels), heat(found, labels, texts.kinds, dense)),
         numbers={
@@ -183,16 +183,6 @@ def _limits(settings: Settings, first: Trained) -> tuple[str, ...]:
         "alpha trades balance for loss otherwise.",
         f"Domains like the papers' (Wikipedia, GitHub, DM Mathematics): {kinds} kinds of text stand in for them, and "
         f"{gates} layers of {settings.experts} experts for theirs.",
-    )
-
-
-def _source(settings: Settings) -> str:
-    if settings.data is not None:
-        return f"Every entry of {settings.data} is a kind; every 8th document of it is held out."
-    return (
-        "Of the Python standard library's sources, by their syntax trees: prose is a file's docstrings, tables are "
-        "lists and dictionaries of 32 or more short literals, code is the rest without its comments. Every 8th "
-        "document of a kind is held out; bits a byte are of the bytes that the held-out tokens stand for."
     )
 
 

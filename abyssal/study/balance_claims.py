@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from abyssal.study.balance_measure import Found
-from abyssal.study.spread import Difference
+from abyssal.study.spread import SHOWN, Difference, judged
 
 WANG, V3_FREE, V3_BATCH = "Wang et al. 2024, table 2", "DeepSeek-V3, section 4.5.2", "DeepSeek-V3, section 4.5.3"
 V3_METHOD = "DeepSeek-V3, section 2.1.2"
@@ -53,18 +53,11 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Not what chance may have made: the whole interval is where the claim has it."""
-        if self.expected == 0:
-            return self.found.mean + self.found.margin <= self.alike
-        return self.found.sign == self.expected
+        return self.verdict == SHOWN
 
     @property
     def verdict(self) -> str:
-        if self.holds:
-            return "shown"
-        if self.expected == 0:
-            return "NOT SO" if self.found.mean - self.found.margin > self.alike else "not resolved"
-        return "NOT SO: the reverse" if self.found.sign else "not resolved"
+        return judged(self.found, self.expected, self.alike)
 
     def compared(self, labels: Mapping[str, str]) -> str:
         """Which number, of what less what."""

@@ -30,7 +30,7 @@ from abyssal.study.experts_tables import (
 )
 from abyssal.study.experts_tokens import Taker
 from abyssal.study.result import Result, machine
-from abyssal.study.texts import open_texts
+from abyssal.study.texts import open_texts, source_of
 from abyssal.study.trained import Plan, Trained, Variant, train_all
 from abyssal.train.config import TrainConfig
 from abyssal.train.trainer import resolve_device
@@ -185,7 +185,7 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
             disabled(all_shapes, found, masked, settings.experts),
             alikeness(all_shapes, found, 0, held_out),
             *(tokens(shape, told[shape.name]) for shape in all_shapes if shape.name in told),
-            texts_of(texts, _source(settings)),
+            texts_of(texts, source_of(settings.data)),
         ),
         pictures=(
             outcome(all_shapes, runs, found, settings.levels(), settings.experts),
@@ -235,16 +235,6 @@ def _limits(settings: Settings, first: Trained) -> tuple[str, ...]:
         f"biases, as DeepSeek-V3's, of a speed of {settings.speed:g} that was not searched for, and not normalised "
         "over the chosen, as DeepSeek-V3's are: of one chosen expert the value would always be 1.",
         "That an expert knows what its tokens suggest: tables of tokens say what experts are picked for, not why.",
-    )
-
-
-def _source(settings: Settings) -> str:
-    if settings.data is not None:
-        return f"Every entry of {settings.data} is a kind; every 8th document of it is held out."
-    return (
-        "Of the Python standard library's sources, by their syntax trees: prose is a file's docstrings, tables are "
-        "lists and dictionaries of 32 or more short literals, code is the rest without its comments. Every 8th "
-        "document of a kind is held out; bits a byte are of the bytes that the held-out tokens stand for."
     )
 
 

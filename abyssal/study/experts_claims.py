@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from abyssal.study.experts_measure import Found
-from abyssal.study.spread import Difference
+from abyssal.study.spread import SHOWN, Difference, judged
 
 TABLE, ABLATION, ANALYSIS = (f"DeepSeekMoE, section {n}" for n in ("4.2", "4.4", "4.5"))
 CONTROL = "a control; not the paper's"
@@ -36,14 +36,11 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Not what chance may have made: the whole interval is where the claim has it."""
-        return self.found.sign == self.expected
+        return self.verdict == SHOWN
 
     @property
     def verdict(self) -> str:
-        if self.holds:
-            return "shown"
-        return "NOT SO: the reverse" if self.found.sign else "not resolved"
+        return judged(self.found, self.expected)
 
     def sentence(self) -> str:
         """With its numbers."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from abyssal.study.positions_measure import Band, Found, bands, of_all
-from abyssal.study.spread import Difference
+from abyssal.study.spread import SHOWN, Difference, judged
 
 VASWANI, SU = "Vaswani et al. 2017, section 3.5", "Su et al. 2021, section 4"
 KAZEMNEJAD, PENG = "Kazemnejad et al. 2023", "Peng et al. 2023"
@@ -32,18 +32,11 @@ class Claim:
 
     @property
     def holds(self) -> bool:
-        """Not what chance may have made: the whole interval is where the claim has it."""
-        if self.expected == 0:
-            return self.found.mean + self.found.margin <= self.alike
-        return self.found.sign == self.expected
+        return self.verdict == SHOWN
 
     @property
     def verdict(self) -> str:
-        if self.holds:
-            return "shown"
-        if self.expected == 0:
-            return "NOT SO" if self.found.mean - self.found.margin > self.alike else "not resolved"
-        return "NOT SO: the reverse" if self.found.sign else "not resolved"
+        return judged(self.found, self.expected, self.alike)
 
     @property
     def sentence(self) -> str:

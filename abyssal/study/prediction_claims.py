@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from abyssal.study.spread import Difference
+from abyssal.study.spread import REFUTED, REVERSED, SHOWN, Difference, judged
 
 TRAINING, ABLATION, INFERENCE = (f"DeepSeek-V3, section {n}" for n in ("2.2", "4.5.1", "5.4.3"))
 HERE = "asked here"
@@ -48,24 +48,13 @@ class Claim:
     level: bool = False  # what is compared with is a figure of the paper, and no variant that was trained
 
     @property
-    def apart(self) -> float:
-        """From 0, as far as the claim minds."""
-        return self.found.mean if self.cost else abs(self.found.mean)
-
-    @property
     def holds(self) -> bool:
-        """Not what chance may have made: the whole interval is where the claim has it."""
-        if self.expected == 0:
-            return self.apart + self.found.margin <= self.alike
-        return self.found.sign == self.expected
+        return self.verdict == SHOWN
 
     @property
     def verdict(self) -> str:
-        if self.holds:
-            return "shown"
-        if self.expected == 0:
-            return "NOT SO" if self.apart - self.found.margin > self.alike else "not resolved"
-        return "not resolved" if not self.found.sign else "NOT SO" if self.level else "NOT SO: the reverse"
+        told = judged(self.found, self.expected, self.alike, not self.cost)
+        return REFUTED if self.level and told == REVERSED else told
 
     def sentence(self) -> str:
         """With its numbers."""

@@ -77,6 +77,17 @@ def open_texts(
     return Texts(tokens, tokenizer, held_out, about, digest.hexdigest())
 
 
+def source_of(data: Path | None) -> str:
+    """What texts of `data` are, for the note of a table."""
+    if data is not None:
+        return f"Every entry of {data} is a kind; every 8th document of it is held out."
+    return (
+        "Of the Python standard library's sources, by their syntax trees: prose is a file's docstrings, tables are "
+        "lists and dictionaries of 32 or more short literals, code is the rest without its comments. Every 8th "
+        "document of a kind is held out; bits a byte are of the bytes that the held-out tokens stand for."
+    )
+
+
 def library_texts(name: str, source: str) -> Iterator[tuple[str, str]]:
     """What a Python file has of each kind, as (kind, text); nothing if it is no Python of this version."""
     try:

@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,6 +12,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from abyssal.study.output import Places
     from abyssal.study.result import Result
+
+S = TypeVar("S", bound=Any)
 
 study = typer.Typer(help="The papers' claims as tables and pictures that you make yourself.", no_args_is_help=True)
 
@@ -105,8 +107,7 @@ def study_balancing(
         "layers": layers, "experts": experts, "chosen": chosen, "vocab": vocab, "alpha": alpha, "speed": speed,
         "lr": lr, "data": data, "device": device,
     }  # fmt: skip
-    settings = Settings.quick() if quick else Settings()
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = changed(Settings.quick() if quick else Settings(), given)
     result = study_balance(settings, work, command(), Console(stderr=True))
     show(result, places)
 
@@ -154,8 +155,7 @@ def study_attentions(
         "layers": layers, "heads": heads, "groups": groups, "vocab": vocab, "lr": lr, "data": data, "device": device,
         "contexts": ints("--context", context) if context is not None else None,
     }  # fmt: skip
-    settings = Settings.quick() if quick else Settings()
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = changed(Settings.quick() if quick else Settings(), given)
     result = study_attention(settings, work, command(), Console(stderr=True))
     show(result, places)
 
@@ -201,8 +201,7 @@ def study_experts_shapes(
         "layers": layers, "experts": experts, "chosen": chosen, "expert_width": expert_width, "parts": parts,
         "vocab": vocab, "speed": speed, "lr": lr, "data": data, "device": device,
     }  # fmt: skip
-    settings = Settings.quick() if quick else Settings()
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = changed(Settings.quick() if quick else Settings(), given)
     result = study_experts(settings, work, command(), Console(stderr=True))
     show(result, places)
 
@@ -246,8 +245,7 @@ def study_places(
         "seeds": seeds, "steps": steps, "batch": batch, "sequence": sequence, "reach": reach, "text": text,
         "width": width, "layers": layers, "rotary": rotary, "vocab": vocab, "lr": lr, "data": data, "device": device,
     }  # fmt: skip
-    settings = Settings.quick() if quick else Settings()
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = changed(Settings.quick() if quick else Settings(), given)
     result = study_positions(settings, work, command(), Console(stderr=True))
     show(result, places)
 
@@ -292,8 +290,7 @@ def study_predictions(
         "layers": layers, "vocab": vocab, "weight": weight, "lr": lr, "texts": texts, "generate": generate,
         "batches": None if batches is None else ints("--batches", batches), "data": data, "device": device,
     }  # fmt: skip
-    settings = Settings.quick() if quick else Settings()
-    settings = replace(settings, **{name: value for name, value in given.items() if value is not None})
+    settings = changed(Settings.quick() if quick else Settings(), given)
     result = study_prediction(settings, work, command(), Console(stderr=True))
     show(result, places)
 
@@ -322,6 +319,11 @@ def study_everything(
         told = ", ".join(failed)
         console.print(f"abyssal: failed: {told}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1)
+
+
+def changed(settings: S, given: dict[str, Any]) -> S:
+    """A study's settings, with those of the options that were given."""
+    return replace(settings, **{name: value for name, value in given.items() if value is not None})
 
 
 def command() -> str:
