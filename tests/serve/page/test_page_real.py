@@ -1,8 +1,10 @@
 """The page against the real `abyssal serve`, its policy and its engine, on a tiny model of random weights."""
 
+import dataclasses
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,7 +28,8 @@ START = "from abyssal.cli import main; main()"
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("page")
-    model = Transformer(ModelConfig.load("tiny")).init_weights(torch.Generator().manual_seed(0))
+    config = dataclasses.replace(ModelConfig.load("tiny"), max_position_embeddings=4096)  # room for a long answer
+    model = Transformer(config).init_weights(torch.Generator().manual_seed(0))
     model.save(folder)
     Tokenizer.train(["the sea keeps one small vector for a token " * 20], 320).save(folder)
     (folder / "keys").write_text(KEY)
@@ -97,15 +100,21 @@ def test_the_text_is_the_servers_and_its_insides_are_shown(page: Any, url: str) 
 
 
 def test_stop_ends_the_request_in_the_engine(page: Any, url: str) -> None:
-    choose(page, temperature="0", top_p="", max_tokens="480")
+    choose(page, temperature="0", top_p="", max_tokens="4000")  # far more than are made until it is stopped
     page.fill("#message", "the sea")
     page.press("#message", "Enter")
     expect(page.locator(".answer .prose")).to_be_visible()
     page.keyboard.press("Escape")
     expect(page.locator(".assistant .foot")).to_contain_text("stopped")
+    # The page says so at once; the server learns it when the connection has closed.
+    deadline = time.monotonic() + 15
+    while True:
+        stats = httpx.get(f"{url}/v1/stats", headers={"Authorization": f"Bearer {KEY}"}).json()
+        if stats["finished"].get("abort") == 1 and stats["pages_free"] == stats["pages_total"]:
+            break
+        assert time.monotonic() < deadline, stats
+        time.sleep(0.05)
     expect(page.locator("#queue")).to_contain_text("0 running")
-    stats = httpx.get(f"{url}/v1/stats", headers={"Authorization": f"Bearer {KEY}"}).json()
-    assert stats["finished"]["abort"] >= 1 and stats["pages_free"] == stats["pages_total"]
 
 
 def test_what_the_server_refuses_is_told(page: Any) -> None:
