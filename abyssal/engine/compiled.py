@@ -1,6 +1,5 @@
 """The decoding step, compiled: on a CPU that is what lets it read the weights at the speed of memory."""
 
-import hashlib
 import os
 import shutil
 import sysconfig
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from abyssal import ops
+from abyssal.source import code_digest
 
 Result = TypeVar("Result")
 Step = Callable[..., Result]
@@ -47,19 +46,11 @@ class Compiled:
         self._say("compiling the decoding step (the first time takes a minute; it is kept on disk) ...")
         started = time.perf_counter()
         # torch's key for what lies on disk does not cover our operations, which it calls by their signatures.
-        with torch.compiler.config.patch(cache_key_tag=_operations()):  # type: ignore[attr-defined]
+        with torch.compiler.config.patch(cache_key_tag=f"abyssal-{code_digest('ops')}"):  # type: ignore[attr-defined]
             result = self._step(*arguments)
         self._say(f"compiled in {time.perf_counter() - started:.0f} s")
         self._known.add(shapes)
         return result
-
-
-def _operations() -> str:
-    """A hash of the operations' sources."""
-    digest = hashlib.sha256()
-    for file in sorted(Path(ops.__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return f"abyssal-{digest.hexdigest()}"
 
 
 def _cache_folder() -> Path:

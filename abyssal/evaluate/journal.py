@@ -11,9 +11,9 @@ from typing import Any
 class Journal:
     """A JSON Lines file of answers by what was asked of whom. Without a path, nothing is kept.
 
-    `identity` says who answers (weights, tokenizer, precision, limits): answers of another are in the same file without
-    being mistaken for it. A line is on the disk before the next is begun; half a line at the end, which a kill leaves,
-    is taken off.
+    `identity` says who answers (weights, tokenizer, precision, limits, code): answers of another are in the same file
+    without being mistaken for it. A line is on the disk before the next is begun; half a line at the end, which a kill
+    leaves, is taken off.
     """
 
     def __init__(self, path: Path | None, identity: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -19,11 +20,16 @@ from abyssal.engine import LLM, Sampling
 from abyssal.engine.compiled import can_compile
 from abyssal.evaluate.journal import Journal
 from abyssal.evaluate.score import Pair, fitted, score
+from abyssal.source import code_digest
 
 MAX_NEW = 256  # tokens generated where a task does not say
 # Steps of decoding that there may be, from which compiling pays where most texts end early: it takes a minute and saves
 # a few milliseconds a step.
 WORTH_COMPILING = 8192
+ANSWERED_BY = (  # what the answers hang on; how they are graded does not change them
+    "checkpoint", "config.py", "data", "engine", "kernels", "model", "ops",
+    "evaluate/lm.py", "evaluate/prefixes.py", "evaluate/score.py",
+)  # fmt: skip
 _SETTINGS = ("top_p", "top_k", "min_p", "repetition_penalty")  # of a task, that are those of `Sampling`
 _IDLE: dict[str, Any] = {"num_beams": 1, "use_cache": True}  # settings of other engines: only as they are here anyway
 
@@ -78,9 +84,8 @@ class EngineLM(TemplateLM):
         self.batch_tokens = batch_tokens or (32768 if self._device.type == "cuda" else 4096)
         self.counts = Counts()
         weights = str(llm.model.embed.weight.dtype)
-        self.journal = Journal(
-            answers, json.dumps([name, llm.model.config.source, llm.tokenizer.fingerprint, weights, self.max_length])
-        )
+        identity = [name, llm.model.config.source, llm.tokenizer.fingerprint, weights, self.max_length]
+        self.journal = Journal(answers, json.dumps([*identity, code_digest(*ANSWERED_BY), str(torch.__version__)]))
 
     # ---- what the harness asks of a tokenizer ---------------------------------------------------------------
 

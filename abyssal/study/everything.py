@@ -1,6 +1,6 @@
 """`abyssal study all`: every study in order, each saved as its own command saves it, and one page of all of them.
 
-What a folder has already, made with the same settings by the same versions, is taken and not made again. A study that
+What a folder has already, made with the same settings by the same code, is taken and not made again. A study that
 fails is told and named at the end; the others go on.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-import abyssal
 from abyssal.files import write_file
+from abyssal.source import code_digest
 from abyssal.study.attention import Settings as AttentionSettings
 from abyssal.study.attention import study_attention
 from abyssal.study.balance import Settings as BalanceSettings
@@ -56,7 +56,7 @@ class Study:
     def made_by(self) -> dict[str, Any]:
         """What a result hangs on, as JSON has it."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.settings), default=str))
-        return {"settings": settings, "abyssal": abyssal.__version__, "torch": str(torch.__version__)}
+        return {"settings": settings, "code": code_digest(), "torch": str(torch.__version__)}
 
 
 def studies(quick: bool) -> list[Study]:
@@ -100,9 +100,9 @@ def run_all(
     for number, study in enumerate(wanted, 1):
         title = f"study {number} of {len(wanted)}, {study.name}"
         if kept(out, study) is not None:
-            _tell(console, f"{title}: is in {out} already, with the same settings")
+            _tell(console, f"{title}: is in {out} already, made with the same settings by the same code")
             continue
-        other = ", in place of one with other settings" if (out / f"{study.name}.json").exists() else ""
+        other = ", in place of one of other settings or other code" if (out / f"{study.name}.json").exists() else ""
         _tell(console, f"{title}{other}{progress.left()}")
         try:
             result = study.run(work / f"study-{study.name}", alone(study, quick), console)
@@ -141,7 +141,7 @@ def write_index(every: Sequence[Study], out: Path, failed: Mapping[str, str]) ->
 
 
 def kept(out: Path, study: Study) -> Result | None:
-    """What the folder has of a study: made with these settings by these versions, whole, and not changed since."""
+    """What the folder has of a study: made with these settings by this code, whole, and not changed since."""
     record = _records(out).get(study.name)
     if record is None or record["made_by"] != study.made_by():
         return None

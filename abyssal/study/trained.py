@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-import abyssal
+from abyssal.checkpoint import load
 from abyssal.config import ModelConfig
 from abyssal.files import write_file
 from abyssal.model.objective import Measured, Microbatch
 from abyssal.model.transformer import Transformer
+from abyssal.source import code_digest
 from abyssal.study.texts import Texts, short_digest
 from abyssal.train.config import TrainConfig
 from abyssal.train.trainer import Trainer, resolve_device
@@ -34,6 +35,10 @@ from abyssal.train.validation import Validator
 from abyssal.train.wrap import unwrapped
 
 RUN, MODEL = "run.json", "model"
+# What a trained model hangs on. Other pictures of it do not make it another.
+TRAINED_BY = (
+    "config.py", "data", "kernels", "model", "ops", "parallel", "train", "study/texts.py", "study/trained.py",
+)  # fmt: skip
 CHECKS = 4  # times that the held-out texts are measured in a run
 
 
@@ -73,7 +78,7 @@ class Trained:
 
     def model(self) -> Transformer:
         """As it was when the run ended."""
-        return abyssal.load(self.folder / MODEL)
+        return load(self.folder / MODEL)
 
     @property
     def bits_per_byte(self) -> float:
@@ -104,14 +109,14 @@ class Plan:
         return TrainConfig.of({**own, **self.settings, **variant.settings}, where=variant.name)
 
     def folder_of(self, variant: Variant, seed: int) -> Path:
-        """Of other settings, texts, or versions of what computes, a run is another one."""
+        """Of other settings, texts, or code that computes, a run is another one."""
         config = self.config(variant, seed)
         device, dtype = resolve_device(config)
         made = {
             "config": {**config.to_dict(), "out": None, "device": None, "dtype": None},
             "model": variant.model.to_dict(),
             "texts": self.texts.fingerprint,
-            "made_by": [str(device), str(dtype), abyssal.__version__, str(torch.__version__), platform.machine()],
+            "made_by": [str(device), str(dtype), code_digest(*TRAINED_BY), str(torch.__version__), platform.machine()],
             **({"embeddings": variant.embeddings} if variant.embeddings != 1 else {}),
         }
         return self.folder / f"{variant.name}-{seed}-{short_digest(made)}"

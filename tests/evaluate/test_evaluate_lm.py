@@ -247,7 +247,9 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
 
-def test_answers_of_another_model_or_precision_are_not_taken(folder: Path, tmp_path: Path) -> None:
+def test_answers_of_another_model_precision_or_code_are_not_taken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = instances("loglikelihood", [("The cat", " sat")])
     path = tmp_path / "answers.jsonl"
     ours(folder, answers=path, name="a").loglikelihood(asked)
@@ -260,6 +262,10 @@ def test_answers_of_another_model_or_precision_are_not_taken(folder: Path, tmp_p
     same = ours(folder, answers=path, name="a")
     same.loglikelihood(asked)
     assert same.counts.reused == 1
+    monkeypatch.setattr("abyssal.evaluate.lm.code_digest", lambda *parts: "other")
+    changed = ours(folder, answers=path, name="a")
+    changed.loglikelihood(asked)
+    assert changed.counts.reused == 0
 
 
 def test_a_file_that_is_no_journal_is_refused_by_its_line(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_what_is_there_with_the_same_settings_is_not_made_again(tmp_path: Path):
     assert len(ran) == 2 and "study 1 of 2, a: is in" in told and "with the same settings" in told
     assert (out / INDEX).read_bytes() == index
     _, told = run([study("a", ran, steps=4), study("b", ran)], out)
-    assert len(ran) == 3 and "a, in place of one with other settings" in told
+    assert len(ran) == 3 and "a, in place of one of other settings" in told
     (out / "b.json").write_text((out / "b.json").read_text().replace("They", "We"))  # not what was made
     run([study("a", ran, steps=4), study("b", ran)], out)
     assert len(ran) == 4 and ran[-1].startswith("b")
@@ -110,10 +110,10 @@ def test_what_is_there_with_the_same_settings_is_not_made_again(tmp_path: Path):
     assert len(ran) == 5
 
 
-def test_other_versions_make_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_code_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ran: list[str] = []
     run([study("a", ran)], tmp_path)
-    monkeypatch.setattr(everything.abyssal, "__version__", "99")
+    monkeypatch.setattr(everything, "code_digest", lambda: "other")
     assert kept(tmp_path, study("a", ran)) is None
     run([study("a", ran)], tmp_path)
     assert len(ran) == 2

@@ -1,0 +1,23 @@
+"""A fingerprint of the package's own code: what other code computed is not taken for what this one would."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def code_digest(*parts: str) -> str:
+    """Sixteen hexadecimal digits of SHA-256 over the names and bytes of the package's Python files: those of `parts`,
+    folders or files below `abyssal/`, or of all of it. Raises FileNotFoundError naming a part that is not there."""
+    root = Path(__file__).parent
+    files: set[Path] = set()
+    for part in parts or (".",):
+        path = root / part
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: the package has no such part")
+        files |= {path} if path.is_file() else set(path.rglob("*.py"))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(file.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()[:16]
