@@ -144,7 +144,7 @@ def test_killed_at_any_write_it_resumes_to_the_same_bytes(source, tokenizer, tmp
             prepare(source, tokenizer, folder, **few)
 
         child = in_child(job)
-        child.join(30)
+        child.join(120)
         if child.exitcode == 0:
             break
         assert child.exitcode == -signal.SIGKILL
@@ -174,7 +174,7 @@ def test_killed_at_random_moments_again_and_again(source, tokenizer, whole, tmp_
             child.join(rng.uniform(0.02, 0.15))
             if child.exitcode is None:
                 child.kill()
-            child.join(30)
+            child.join(120)
             if child.exitcode == 0:
                 break
         prepare(source, tokenizer, folder, **SETTINGS)

@@ -56,7 +56,7 @@ def test_a_minute_of_200_clients_leaks_nothing(model: Path, cases: list[Case]) -
 def test_a_killed_worker_turns_health_red_within_a_second_and_ends_the_process(model: Path) -> None:
     with serving(model, *ARGUMENTS) as server:
         asyncio.run(killed(server))
-        assert server.process.wait(10) not in (0, None)
+        assert server.process.wait(30) not in (0, None)
 
 
 async def killed(server: Server) -> None:

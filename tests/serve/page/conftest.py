@@ -41,7 +41,7 @@ def open_page(browser: Any, script: Script) -> Iterator[Open]:
             context = browser.new_context(**settings)
             contexts.append(context)
             page = context.new_page()
-            page.set_default_timeout(15_000)
+            page.set_default_timeout(60_000)
             page.on("console", heard)
             page.on("pageerror", lambda error: complaints.append(str(error)))
             page.goto(url)

@@ -9,7 +9,7 @@ from scripted import PAGE, Refuse, Say, Script, inside
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
-expect.set_options(timeout=15_000)
+expect.set_options(timeout=60_000)
 
 HELLO = [Say((("Hello, ", False), ("wor", True), ("ld", False)), inside=inside())]
 SLOW = [Say(((f"word{i} ", i % 2 == 1),), inside=inside(i + 1), wait=0.05) for i in range(200)]
