@@ -4,6 +4,8 @@ PYTHON ?= python3
 # pip at one: make run TORCH="torch==2.13.0 --index-url URL".
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+# Modules are compiled when they are first imported, and most of what is installed never is.
+INSTALL := $(BIN)/pip install -q --no-compile
 
 .PHONY: run test test-all lint install install-dev clean
 
@@ -29,12 +31,12 @@ install-dev: .venv/installed-dev
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e .
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -e .
 	touch $@
 
 .venv/installed-dev: .venv/installed
-	$(BIN)/pip install -q -e '.[dev]'
+	$(INSTALL) -e '.[dev]'
 	touch $@
 
 clean:
