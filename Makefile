@@ -4,7 +4,8 @@ PYTHON ?= python3
 # pip at one: make run TORCH="torch==2.13.0 --index-url URL".
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
-# Modules are compiled when they are first imported, and most of what is installed never is.
+# Modules are compiled, and kept so, when they are first imported; most of what is installed never is.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/pip install -q --no-compile
 
 .PHONY: run test test-all lint install install-dev clean

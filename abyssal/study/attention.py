@@ -17,15 +17,16 @@ from rich.console import Console
 from abyssal.data import Batch
 from abyssal.model.transformer import Transformer
 from abyssal.study.attention_algebra import Shape, Way, algebra
-from abyssal.study.attention_claims import Claim, Heads, of_algebra, of_cache, of_decoding, of_training
+from abyssal.study.attention_claims import NOTE, Claim, Heads, of_algebra, of_cache, of_decoding, of_training
 from abyssal.study.attention_decode import Again, Point, absorbed_apart, decoding
 from abyssal.study.attention_heads import EVERY, Alike, alike
 from abyssal.study.attention_ladder import Rung, ladder
 from abyssal.study.attention_pictures import algebra_picture, heads_picture, ladder_picture
 from abyssal.study.attention_tables import algebra as algebra_grid
 from abyssal.study.attention_tables import decoding as decoding_grid
-from abyssal.study.attention_tables import heads_by_layer, papers, parameters, quality, recomputed, verdicts
+from abyssal.study.attention_tables import heads_by_layer, papers, parameters, quality, recomputed
 from abyssal.study.balance_tables import texts_of
+from abyssal.study.claim import claim_by_claim
 from abyssal.study.result import Result, machine
 from abyssal.study.texts import Texts, open_texts
 from abyssal.study.trained import Plan, Trained, Variant, train_all
@@ -159,7 +160,7 @@ def study_attention(settings: Settings, folder: Path, command: str = "", console
         grids=(
             papers(),
             quality(rungs, runs, m.heads, m.points),
-            verdicts(said),
+            claim_by_claim(said, NOTE),
             parameters(rungs),
             decoding_grid(m.points, labels),
             recomputed(m.again, m.points["coupled"], m.points["mla"]),

@@ -1,14 +1,13 @@
 """What is claimed of attention, claim by claim, and whether trained runs, counts and clocks bear it out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from abyssal.study.attention_algebra import EQUAL, Way
 from abyssal.study.attention_clock import Time
 from abyssal.study.attention_decode import Point
 from abyssal.study.attention_heads import Alike
 from abyssal.study.attention_ladder import Rung
+from abyssal.study.claim import OPEN, REFUTED, REVERSED, SHOWN, Claim, paired
 from abyssal.study.spread import Difference
 from abyssal.study.trained import Trained
 
@@ -29,34 +28,7 @@ PAPERS = (
     (LATENT, "250B, experts", "MLA", "34.6K", "50.7", "59.0"),
 )
 
-SHOWN, NOT_SO, OPEN = "shown", "NOT SO", "not resolved"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What is said, what was compared, what came of it, and the verdict."""
-
-    where: str
-    says: str
-    compared: str
-    found: str
-    verdict: str
-    numbers: Mapping[str, float]
-
-    @property
-    def holds(self) -> bool:
-        return self.verdict == SHOWN
-
-    def sentence(self) -> str:
-        """With its numbers."""
-        told = "" if self.holds else f", {self.verdict}"
-        compared = self.compared[0].upper() + self.compared[1:]
-        return f"{self.says} ({self.where}){told}. {compared}: {self.found}."
-
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
+NOTE = "Of times: medians; shown is what the quartiles tell apart."
 
 Runs = Mapping[str, Sequence[Trained]]
 Heads = Mapping[str, Sequence[Alike]]
@@ -70,14 +42,13 @@ def of_training(ladder: Sequence[Rung], runs: Runs, heads: Heads) -> list[Claim]
 
     def below(where: str, says: str, left: str, right: str) -> Claim:
         apart = Difference.of(bits[left], bits[right])
-        verdict = {-1: SHOWN, 0: OPEN, 1: f"{NOT_SO}: the reverse"}[apart.sign]
-        return _by_seeds(where, says, f"bits a byte, {labels[left]} less {labels[right]}", apart, verdict)
+        return paired(where, says, f"bits a byte, {labels[left]} less {labels[right]}", -1, apart)
 
     def asked(what: str, values: Mapping[str, Sequence[float]], left: str, right: str, say: tuple[str, str]) -> Claim:
         apart = Difference.of(values[left], values[right])
         says = {-1: say[0], 0: f"{say[0]}, or the reverse", 1: say[1]}[apart.sign]
         compared = f"{what}, {labels[left]} less {labels[right]}"
-        return _by_seeds(ASKED, says, compared, apart, SHOWN if apart.sign else OPEN)
+        return paired(ASKED, says, compared, apart.sign or -1, apart)  # either way is an answer
 
     prediction, unlike = "bits a byte", "bits between heads"
     coupled = "Decoupled RoPE predicts better than coupled", "Coupled RoPE predicts better than decoupled"
@@ -110,7 +81,7 @@ def of_cache(ladder: Sequence[Rung]) -> list[Claim]:
         Claim(
             TABLE, "MLA keeps what GQA with 2.25 groups would, widths as the paper's",
             "elements a token and layer, MLA's by a group's", f"{mla // layers} / {mqa // layers} = {mla / mqa:g}",
-            SHOWN if mla / mqa == 2.25 else NOT_SO, {"ratio": mla / mqa},
+            SHOWN if mla / mqa == 2.25 else REFUTED, {"ratio": mla / mqa},
         ),
     ]  # fmt: skip
 
@@ -125,7 +96,7 @@ def of_decoding(points: Mapping[str, Sequence[Point]]) -> list[Claim]:
         f"a token at {contexts[1]:,}, coupled and decoupled RoPE", *last,
     )  # fmt: skip
     ratios = [(c.low / d.high, c.ms / d.ms, c.high / d.low) for c, d in (first, last)]
-    grows = SHOWN if ratios[1][0] > ratios[0][2] else NOT_SO if ratios[1][2] < ratios[0][0] else OPEN
+    grows = SHOWN if ratios[1][0] > ratios[0][2] else REFUTED if ratios[1][2] < ratios[0][0] else OPEN
     cases = zip(("first", "last"), ratios)
     return [
         slower,
@@ -154,7 +125,7 @@ def of_algebra(ways: Sequence[Way], model_apart: float) -> list[Claim]:
     whole = Claim(
         ABSORB, "The orders of multiplication have one result, to rounding",
         f"largest difference in float64, of {len(ways) // 2} pairs and of the trained model's logits",
-        f"{most:.0e} of the largest number", SHOWN if most <= EQUAL else NOT_SO, {"apart": most},
+        f"{most:.0e} of the largest number", SHOWN if most <= EQUAL else REFUTED, {"apart": most},
     )  # fmt: skip
     token, prompt = by_task["attend: a token"], by_task["attend: a prompt"]
     scores, query = by_task["scores: a token"], by_task["query: a token"]
@@ -178,7 +149,7 @@ def of_algebra(ways: Sequence[Way], model_apart: float) -> list[Claim]:
 
 def slower_than(where: str, says: str, compared: str, slow: Time, fast: Time) -> Claim:
     """Shown where three quarters of the one took longer than three quarters of the other."""
-    verdict = SHOWN if slow.low > fast.high else f"{NOT_SO}: the reverse" if slow.high < fast.low else OPEN
+    verdict = SHOWN if slow.low > fast.high else REVERSED if slow.high < fast.low else OPEN
     found = f"{slow.ms:.3g} and {fast.ms:.3g} ms, {slow.ms / fast.ms:.2g} times"
     numbers = {f"{which}_{name}": x for which, t in (("slow", slow), ("fast", fast)) for name, x in t._asdict().items()}
     return Claim(where, says, compared, found, verdict, numbers)
@@ -186,10 +157,5 @@ def slower_than(where: str, says: str, compared: str, slow: Time, fast: Time) ->
 
 def _less(where: str, says: str, compared: str, less: int, more: int) -> Claim:
     """Of counts."""
-    verdict = SHOWN if less < more else NOT_SO
+    verdict = SHOWN if less < more else REFUTED
     return Claim(where, says, compared, f"{less:,} and {more:,}", verdict, {"less": less, "more": more})
-
-
-def _by_seeds(where: str, says: str, compared: str, apart: Difference, verdict: str) -> Claim:
-    numbers = {"difference": apart.mean, "margin": apart.margin}
-    return Claim(where, says, compared, apart.text(), verdict, numbers)

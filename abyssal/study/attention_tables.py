@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from abyssal.study.attention_algebra import Shape, Way
-from abyssal.study.attention_claims import PAPERS, Claim, Heads, Runs
+from abyssal.study.attention_claims import PAPERS, Heads, Runs
 from abyssal.study.attention_decode import Again, Point
 from abyssal.study.attention_heads import Alike
 from abyssal.study.attention_ladder import BASE, Rung
@@ -63,15 +63,6 @@ def quality(ladder: Sequence[Rung], runs: Runs, heads: Heads, points: Points) ->
     note += "the Jensen-Shannon divergence of a pair's attention, a mean over pairs and layers; 0 is alike."
     head = ("attention", "bits a byte", "elements", "bytes", "groups", "ms a token", "between heads", "seconds")
     return Grid("The ladder", head, tuple(rows), note)
-
-
-def verdicts(said: Sequence[Claim]) -> Grid:
-    """A row a claim."""
-    rows = tuple((c.says, c.where, c.compared, c.found, c.verdict) for c in said)
-    note = "Of bits: differences between runs of the same seed, mean ± half the 95% interval (Student's, over the "
-    note += "seeds); one within it is not resolved, which is no proof that there is none. Of times: medians; shown is "
-    note += "what the quartiles tell apart."
-    return Grid("Claim by claim", ("claim", "by", "compared", "found", "here"), rows, note, labels=3)
 
 
 def decoding(points: Points, labels: Labels) -> Grid:

@@ -12,10 +12,11 @@ import numpy as np
 from rich.console import Console
 
 from abyssal.config import ModelConfig
-from abyssal.study.balance_claims import claims
+from abyssal.study.balance_claims import NOTE, claims
 from abyssal.study.balance_measure import Found, measured
 from abyssal.study.balance_pictures import curves, heat, smoothed
-from abyssal.study.balance_tables import by_kind, by_layer, papers, table, texts_of, verdicts
+from abyssal.study.balance_tables import by_kind, by_layer, papers, table, texts_of
+from abyssal.study.claim import claim_by_claim
 from abyssal.study.result import Result, machine
 from abyssal.study.texts import open_texts, source_of
 from abyssal.study.trained import Plan, Trained, Variant, train_all
@@ -128,19 +129,19 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
     runs = train_all(Plan(variants, range(settings.seeds), texts, settings.training(), folder), console)
     found = {name: [measured(run) for run in of_seeds] for name, of_seeds in runs.items()}
     labels = {variant.name: variant.label for variant in variants}
-    said, first = claims(found), runs["none"][0]
+    said, first = claims(found, labels), runs["none"][0]
     dense = variants[0].model.first_k_dense_replace
     return Result(
         name="balance",
         title="Balance: what keeps the experts busy, and what it costs",
         claim=CLAIM,
-        shown=tuple(claim.sentence(labels) for claim in said if claim.holds),
-        not_shown=(*(claim.sentence(labels) for claim in said if not claim.holds), *_limits(settings, first)),
+        shown=tuple(claim.sentence() for claim in said if claim.holds),
+        not_shown=(*(claim.sentence() for claim in said if not claim.holds), *_limits(settings, first)),
         command=command,
         grids=(
             papers(),
             table(runs, found, labels),
-            verdicts(said, labels),
+            claim_by_claim(said, NOTE),
             by_layer(found, labels, dense),
             by_kind(runs, labels, texts.kinds),
             texts_of(texts, source_of(settings.data)),
@@ -151,7 +152,7 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
             "parameters": first.parameters,
             "tokens": first.tokens,
             "texts": {**texts.about, "sha256": texts.fingerprint},
-            "claims": [claim.numbers() for claim in said],
+            "claims": [claim.plain() for claim in said],
             "variants": {
                 v.name: {
                     "label": v.label,

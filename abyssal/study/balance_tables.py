@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from abyssal.study.balance_claims import ALIKE, PAPERS, Claim
+from abyssal.study.balance_claims import PAPERS
 from abyssal.study.balance_measure import Found
 from abyssal.study.result import Grid
 from abyssal.study.spread import Spread
@@ -48,18 +48,6 @@ def table(runs: Runs, found: All, labels: Labels) -> Grid:
     note += "last tenth of the steps), and within a held-out sequence; a mean over the layers. What a picked expert "
     note += "tells of the kind of text is in bits, beside what is left of it when the kinds are dealt out at random."
     return Grid("What came of it", head, tuple(rows), note)
-
-
-def verdicts(said: Sequence[Claim], labels: Labels) -> Grid:
-    """A row a claim."""
-    head = ("claim", "by", "compared", "difference", "here")
-    rows = [(c.says, c.where, c.compared(labels), c.found.text(), c.verdict) for c in said]
-    note = "Differences between runs of the same seed, mean ± half the 95% interval (Student's, over the seeds): one "
-    note += (
-        "that is within it is not resolved, which is no proof that there is none. Bits a byte are alike where they are "
-    )
-    note += f"apart by {ALIKE:.1%} at most, less than the paper's 2.258 and 2.253."
-    return Grid("Claim by claim", head, tuple(rows), note, labels=3)
 
 
 def by_layer(found: All, labels: Labels, first: int) -> Grid:

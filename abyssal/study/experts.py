@@ -13,6 +13,7 @@ from rich.console import Console
 
 from abyssal.config import ModelConfig
 from abyssal.study.balance_tables import texts_of
+from abyssal.study.claim import claim_by_claim
 from abyssal.study.experts_claims import claims
 from abyssal.study.experts_measure import Found, Measurer
 from abyssal.study.experts_pictures import heat, outcome
@@ -26,7 +27,6 @@ from abyssal.study.experts_tables import (
     sizes,
     table,
     tokens,
-    verdicts,
 )
 from abyssal.study.experts_tokens import Taker
 from abyssal.study.result import Result, machine
@@ -180,7 +180,7 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
             papers(),
             sizes(all_shapes, counts),
             table(all_shapes, runs, found),
-            verdicts(said),
+            claim_by_claim(said),
             by_kind(all_shapes, runs, texts.kinds),
             disabled(all_shapes, found, masked, settings.experts),
             alikeness(all_shapes, found, 0, held_out),
@@ -195,7 +195,7 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
             "settings": {**dataclasses.asdict(settings), "data": settings.data and str(settings.data)},
             "tokens": first.tokens,
             "texts": {**texts.about, "sha256": texts.fingerprint},
-            "claims": [claim.numbers() for claim in said],
+            "claims": [claim.plain() for claim in said],
             "shapes": {
                 shape.name: {
                     **dataclasses.asdict(shape),

@@ -1,11 +1,10 @@
 """What DeepSeekMoE claims of its experts, claim by claim, and whether a study's runs bear it out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
+from abyssal.study.claim import Claim, paired
 from abyssal.study.experts_measure import Found
-from abyssal.study.spread import SHOWN, Difference, judged
+from abyssal.study.spread import Difference
 
 TABLE, ABLATION, ANALYSIS = (f"DeepSeekMoE, section {n}" for n in ("4.2", "4.4", "4.5"))
 CONTROL = "a control; not the paper's"
@@ -24,34 +23,6 @@ PAPERS = (
 BITS, RISE = "bits a byte", "bits a byte that disabling costs"
 
 
-@dataclass(frozen=True)
-class Claim:
-    """That a number is below (-1) or above (1) another, and what the runs say of it, paired by seed."""
-
-    where: str
-    says: str
-    compared: str  # which number, of what less what
-    expected: int
-    found: Difference
-
-    @property
-    def holds(self) -> bool:
-        return self.verdict == SHOWN
-
-    @property
-    def verdict(self) -> str:
-        return judged(self.found, self.expected)
-
-    def sentence(self) -> str:
-        """With its numbers."""
-        told = "" if self.holds else f", {self.verdict}"
-        return f"{self.says} ({self.where}){told}. {self.compared}: {self.found.text()}."
-
-    def numbers(self) -> dict[str, Any]:
-        plain = {"where": self.where, "says": self.says, "compared": self.compared, "expected": self.expected}
-        return {**plain, "difference": self.found.mean, "margin": self.found.margin, "verdict": self.verdict}
-
-
 def claims(
     bits: Mapping[str, Sequence[float]], found: Mapping[str, Sequence[Found]], labels: Mapping[str, str]
 ) -> list[Claim]:
@@ -60,12 +31,12 @@ def claims(
 
     def better(where: str, says: str, left: str, right: str) -> Claim:
         compared = f"{BITS}: {labels[left]} less {labels[right]}"
-        return Claim(where, says, compared, -1, Difference.of(bits[left], bits[right]))
+        return paired(where, says, compared, -1, Difference.of(bits[left], bits[right]))
 
     def sensitive(where: str, says: str, left: str, right: str) -> Claim:
         compared = f"{RISE}: {labels[left]} less {labels[right]}"
         rises = [[run.rise for run in found[name]] for name in (left, right)]
-        return Claim(where, says, compared, 1, Difference.of(*rises))
+        return paired(where, says, compared, 1, Difference.of(*rises))
 
     shared = found["fine_shared"]
     replaced = [run.replaced for run in shared if run.replaced is not None]
@@ -79,12 +50,12 @@ def claims(
         better("DeepSeekMoE, section 3.2", "Of many small experts, sharing one helps", "fine_shared", "fine"),
         sensitive(ANALYSIS, "Disabling the first experts costs small ones more", "fine_shared", "few"),
         sensitive(CONTROL, "And so it does without a shared expert", "fine", "few"),
-        Claim(
+        paired(
             ANALYSIS, "A routed expert more does not replace the shared one",
             f"{BITS} of {own}: the shared one replaced, less as trained", 1,
             Difference.of(replaced, [run.disabled[0] for run in shared]),
         ),
-        Claim(
+        paired(
             CONTROL, "Losing the shared expert costs more than losing the routed one picked first",
             f"{BITS} of {own}: the shared one replaced, less the first routed one replaced", 1,
             Difference.of(replaced, [run.without_first for run in shared]),

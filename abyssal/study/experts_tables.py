@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from abyssal.costs import Parameters
-from abyssal.study.experts_claims import PAPERS, Claim
+from abyssal.study.experts_claims import PAPERS
 from abyssal.study.experts_measure import Found
 from abyssal.study.experts_shapes import Shape
 from abyssal.study.experts_tokens import LEAST, Taken, Taker
@@ -66,15 +66,6 @@ def table(shapes: Sequence[Shape], runs: Runs, found: All) -> Grid:
     note += "a picked expert tells of the kind of text is in bits, a mean over the layers, beside what is left of it "
     note += "when the kinds are dealt out at random: where experts are more and smaller it may be more for that alone."
     return Grid("What came of it", head, tuple(rows), note)
-
-
-def verdicts(said: Sequence[Claim]) -> Grid:
-    """A row a claim."""
-    head = ("claim", "by", "compared", "difference", "here")
-    rows = [(c.says, c.where, c.compared, c.found.text(), c.verdict) for c in said]
-    note = "Differences between runs of the same seed, mean ± half the 95% interval (Student's, over the seeds): one "
-    note += "that is within it is not resolved, which is no proof that there is none."
-    return Grid("Claim by claim", head, tuple(rows), note, labels=3)
 
 
 def by_kind(shapes: Sequence[Shape], runs: Runs, kinds: Sequence[str]) -> Grid:

@@ -22,7 +22,8 @@ from abyssal.model.positions import inverse_frequencies
 from abyssal.study import positions_pictures as pictures
 from abyssal.study import positions_tables as tables
 from abyssal.study.balance_tables import texts_of
-from abyssal.study.positions_claims import claims
+from abyssal.study.claim import claim_by_claim
+from abyssal.study.positions_claims import NOTE, claims
 from abyssal.study.positions_encodings import Products, encoding, placed_scores, products
 from abyssal.study.positions_measure import ROTARY, Found, factors, measured, with_yarn
 from abyssal.study.result import Result, machine
@@ -158,13 +159,13 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
         name="positions",
         title="Positions: how a token learns its place, and how far that reaches",
         claim=CLAIM,
-        shown=(*_facts(found, alike, parameters, length), *(claim.sentence for claim in said if claim.holds)),
-        not_shown=(*(claim.sentence for claim in said if not claim.holds), *_limits(settings, runs, pieces)),
+        shown=(*_facts(found, alike, parameters, length), *(claim.sentence() for claim in said if claim.holds)),
+        not_shown=(*(claim.sentence() for claim in said if not claim.holds), *_limits(settings, runs, pieces)),
         command=command,
         grids=(
             *tables.within(found, sizes, labels, length),
             tables.beyond(found, sizes, labels, length),
-            tables.verdicts(said),
+            claim_by_claim(said, NOTE),
             tables.norms(found, labels, length),
             tables.distances(rows, alike, (1, length // 8, length // 2, length, 2 * length - 2)),
             tables.moved(found, labels, length),
@@ -183,7 +184,7 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
             "tokens": runs["none"][0].tokens,
             "texts": {**longer.about, "sha256": texts.fingerprint, "longer_sha256": longer.fingerprint},
             "bytes_by_position": sizes,
-            "claims": [claim.numbers() for claim in said],
+            "claims": [claim.plain() for claim in said],
             "encodings": {name: p._asdict() for name, p in alike.items()},
             "scores_by_distance": {name: x.tolist() for name, x in scores.items()},
             "variants": {

@@ -1,11 +1,10 @@
 """What the papers claim of positions, claim by claim, and whether a run's numbers bear it out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
+from abyssal.study.claim import Claim, paired
 from abyssal.study.positions_measure import Band, Found, bands, of_all
-from abyssal.study.spread import SHOWN, Difference, judged
+from abyssal.study.spread import Difference
 
 VASWANI, SU = "Vaswani et al. 2017, section 3.5", "Su et al. 2021, section 4"
 KAZEMNEJAD, PENG = "Kazemnejad et al. 2023", "Peng et al. 2023"
@@ -14,42 +13,12 @@ V2 = "DeepSeek-V2, section 2.1.3"
 NUMBERS = "the textbooks' ladder"
 
 ALIKE = 0.01  # of a loss
+NOTE = (
+    f"No worse is what is above by {ALIKE:.0%} of the loss at most. The spread is over seeds, not over texts: all have "
+    "the same."
+)
 
 Runs = Mapping[str, list[Found]]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That a number lies below (-1) or above (1) what it is compared with, or (0) no further above it than `alike`;
-    and the difference, in nats a token, paired by seed."""
-
-    where: str
-    says: str
-    compared: str
-    expected: int
-    found: Difference
-    alike: float = 0.0
-
-    @property
-    def holds(self) -> bool:
-        return self.verdict == SHOWN
-
-    @property
-    def verdict(self) -> str:
-        return judged(self.found, self.expected, self.alike)
-
-    @property
-    def sentence(self) -> str:
-        """With its numbers."""
-        within = f" (no worse: {self.alike:.3f} at most)" if self.expected == 0 else ""
-        told = "" if self.holds else f", {self.verdict}"
-        return f"{self.says} ({self.where}){told}. {self.compared}: {self.found.text()} nats{within}."
-
-    def numbers(self) -> dict[str, Any]:
-        return {
-            "where": self.where, "says": self.says, "compared": self.compared, "expected": self.expected,
-            "difference": self.found.mean, "margin": self.found.margin, "alike": self.alike, "verdict": self.verdict,
-        }  # fmt: skip
 
 
 def claims(found: Runs, length: int) -> list[Claim]:
@@ -69,11 +38,16 @@ def _tolerated(found: Runs, name: str, band: Band) -> float:
     return ALIKE * sum(losses) / len(losses)
 
 
+def _nats(where: str, says: str, compared: str, expected: int, apart: Difference, alike: float = 0.0) -> Claim:
+    """In nats a token; (0) is no further above 0 than `alike`."""
+    return paired(where, says, compared, expected, apart, alike=alike, unit=" nats")
+
+
 def _trained(found: Runs, band: Band, length: int) -> list[Claim]:
     def says(where: str, what: str, left: str, expected: int, right: str, alike: float = 0.0) -> Claim:
         told = f"Positions {band.text}: {left} less {right}"
         difference = Difference.of(_of(found, left, band), _of(found, right, band))
-        return Claim(where, what, told, expected, difference, alike)
+        return _nats(where, what, told, expected, difference, alike)
 
     early, late = Band(1, length // 4), Band(length // 2, length)
 
@@ -84,7 +58,7 @@ def _trained(found: Runs, band: Band, length: int) -> list[Claim]:
     return [
         says(VASWANI, "A model must be told of order: sinusoids predict better than nothing", "sinusoidal", -1, "none"),
         says(NUMBERS, "Integers predict worse than nothing", "integer", 1, "none"),
-        Claim(NUMBERS, "And the worse the larger they are", told, 1, Difference.of(gap(late), gap(early))),
+        _nats(NUMBERS, "And the worse the larger they are", told, 1, Difference.of(gap(late), gap(early))),
         says(NUMBERS, "Binary digits, which stay small, predict better than integers", "binary", -1, "integer"),
         says(NUMBERS, "Sinusoids, which are smooth, predict better than binary digits", "sinusoidal", -1, "binary"),
         says(SU, "RoPE predicts better than sinusoids", "rope", -1, "sinusoidal"),
@@ -102,11 +76,11 @@ def _extrapolated(found: Runs, further: Sequence[Band]) -> list[Claim]:
 
     def says(where: str, what: str, name: str, expected: int, alike: float = 0.0) -> Claim:
         difference = Difference.of([last.of(x.whole) for x in found[name]], [last.of(x.sliding) for x in found[name]])
-        return Claim(where, what, f"{told}: {name}", expected, difference, alike)
+        return _nats(where, what, f"{told}: {name}", expected, difference, alike)
 
     def better(what: str, right: str) -> Claim:
         difference = Difference.of(of_all(found, "none", last), of_all(found, right, last))
-        return Claim(KAZEMNEJAD, what, f"{told}: none less {right}", -1, difference)
+        return _nats(KAZEMNEJAD, what, f"{told}: none less {right}", -1, difference)
 
     sinusoidal = _tolerated(found, "sinusoidal", last)
     return [
@@ -125,16 +99,16 @@ def _stretched(found: Runs, trained: Band, further: Sequence[Band]) -> list[Clai
         left, last = [further[-1].of(x.yarn[most]) for x in found[name]], _of(found, name, further[-1])
         told = f"Positions {further[-1].text}: {name} with YaRN ×{most} less {name}"
         what = f"YaRN, without training further, lowers the loss of {name} past the trained length"
-        said.append(Claim(PENG, what, told, -1, Difference.of(left, last)))
+        said.append(_nats(PENG, what, told, -1, Difference.of(left, last)))
 
         twice = Difference.of(of_all(found, name, further[0], 2), [0.0] * len(found[name]))
         told = f"Positions {further[0].text}, from all before less from a window of the trained length: {name}, YaRN ×2"
         what = f"YaRN ×2, without training further, serves twice the length: {name} is no worse than in a window"
-        said.append(Claim(FOLLOWING, what, told, 0, twice, _tolerated(found, name, further[0])))
+        said.append(_nats(FOLLOWING, what, told, 0, twice, _tolerated(found, name, further[0])))
 
         left = [trained.of(x.yarn[most]) for x in found[name]]
         told = f"Positions {trained.text}: {name} with YaRN ×{most} less {name}"
         what = f"YaRN costs {name} next to nothing within the trained length"
         cost = Difference.of(left, _of(found, name, trained))
-        said.append(Claim(PENG, what, told, 0, cost, _tolerated(found, name, trained)))
+        said.append(_nats(PENG, what, told, 0, cost, _tolerated(found, name, trained)))
     return said

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from abyssal.study.positions_claims import ALIKE, Claim
 from abyssal.study.positions_encodings import Products
 from abyssal.study.positions_measure import Band, Found, bands, bands_within, bits, penalty
 from abyssal.study.result import Grid
@@ -72,16 +71,6 @@ def beyond(found: Runs, sizes: list[float], labels: Labels, length: int) -> Grid
     note += f"{length} that begin every {length // 2}: above 0 a long context harms, below 0 it helps. YaRN with no "
     note += "further training, betas 32 and 1 and mscale 1 as in DeepSeek-V3."
     return Grid("Past the trained length", head, tuple(rows), note)
-
-
-def verdicts(said: Sequence[Claim]) -> Grid:
-    """A row a claim."""
-    head = ("claim", "by", "compared", "nats a token", "here")
-    rows = [(c.says, c.where, c.compared, c.found.text(), c.verdict) for c in said]
-    note = "Differences between runs of the same seed, mean ± half the 95% interval (Student's, over the seeds): one "
-    note += "that is within it is not resolved, which is no proof that there is none. No worse is what is above by "
-    note += f"{ALIKE:.0%} of the loss at most. The spread is over seeds, not over texts: all have the same."
-    return Grid("Claim by claim", head, tuple(rows), note, labels=3)
 
 
 def norms(found: Runs, labels: Labels, length: int) -> Grid:

@@ -13,12 +13,13 @@ from typing import Any
 from rich.console import Console
 
 from abyssal.config import ModelConfig
-from abyssal.study.prediction_claims import Numbers, claims
+from abyssal.study.claim import claim_by_claim
+from abyssal.study.prediction_claims import NOTE, Numbers, claims
 from abyssal.study.prediction_found import DRAFTS, Found, find, plain_of, ratio
 from abyssal.study.prediction_measure import GRAM, Drafted, together
 from abyssal.study.prediction_pictures import acceptance, gains
 from abyssal.study.prediction_speed import cost, module_share
-from abyssal.study.prediction_tables import arithmetic, by_kind, drafts, papers, speed, table, verdicts
+from abyssal.study.prediction_tables import arithmetic, by_kind, drafts, papers, speed, table
 from abyssal.study.result import Result, machine
 from abyssal.study.texts import open_texts
 from abyssal.study.trained import Plan, Trained, Variant, train_all
@@ -158,7 +159,7 @@ def study_prediction(settings: Settings, folder: Path, command: str = "", consol
         grids=(
             papers(),
             table(runs, found, labels),
-            verdicts(said),
+            claim_by_claim(said, NOTE),
             drafts(found, labels),
             by_kind(found, texts.kinds),
             speed([f.timed for f in found]),
@@ -173,7 +174,7 @@ def study_prediction(settings: Settings, folder: Path, command: str = "", consol
             "tokens": runs["none"][0].tokens,
             "parameters": {name: of_seeds[0].parameters for name, of_seeds in runs.items()},
             "texts": {**texts.about, "sha256": texts.fingerprint},
-            "claims": [claim.numbers() for claim in said],
+            "claims": [claim.plain() for claim in said],
             "module_share": module_share(variants[1].model, context),
             "costs": {str(k): cost(variants[1].model, k, context)._asdict() for k in DRAFTS["one"]},
             "runs": [plain_of(seed, runs, f) for seed, f in enumerate(found)],

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-from abyssal.study.spread import REFUTED, REVERSED, SHOWN, Difference, judged
+from abyssal.study.claim import Claim, paired
+from abyssal.study.spread import Difference
 
 TRAINING, ABLATION, INFERENCE = (f"DeepSeek-V3, section {n}" for n in ("2.2", "4.5.1", "5.4.3"))
 HERE = "asked here"
@@ -19,6 +19,7 @@ ABLATIONS = (
 )
 ACCEPTED, MOST_ACCEPTED, FASTER = 0.85, 0.90, 1.8  # section 5.4.3
 ALIKE = 0.002  # of bits a byte: 0.658 and 0.657 are apart by 0.15%
+NOTE = f"Bits a byte are alike within {ALIKE:.1%}; the paper's 0.658 and 0.657 are apart by 0.15%."
 
 
 @dataclass(frozen=True)
@@ -34,41 +35,6 @@ class Numbers:
     faster: Sequence[float]  # tokens a second with one draft over those without, one sequence at once
 
 
-@dataclass(frozen=True)
-class Claim:
-    """That `found` is below (-1) or above (1) 0, or no further from it than `alike` (0): above it, if `cost`."""
-
-    where: str
-    says: str
-    compared: str  # what less what
-    expected: int
-    found: Difference
-    alike: float = 0.0
-    cost: bool = False  # below 0 is no cost, however far
-    level: bool = False  # what is compared with is a figure of the paper, and no variant that was trained
-
-    @property
-    def holds(self) -> bool:
-        return self.verdict == SHOWN
-
-    @property
-    def verdict(self) -> str:
-        told = judged(self.found, self.expected, self.alike, not self.cost)
-        return REFUTED if self.level and told == REVERSED else told
-
-    def sentence(self) -> str:
-        """With its numbers."""
-        within = f" (alike: within {self.alike:.3f})" if self.expected == 0 else ""
-        told = "" if self.holds else f", {self.verdict}"
-        return f"{self.says} ({self.where}){told}. {self.compared}: {self.found.text()}{within}."
-
-    def numbers(self) -> dict[str, Any]:
-        return {
-            "where": self.where, "says": self.says, "compared": self.compared, "expected": self.expected,
-            "difference": self.found.mean, "margin": self.found.margin, "alike": self.alike, "verdict": self.verdict,
-        }  # fmt: skip
-
-
 def claims(n: Numbers) -> list[Claim]:
     """Each, paired by seed."""
     apart = Difference.of(n.bits["one"], n.bits["none"])
@@ -76,45 +42,45 @@ def claims(n: Numbers) -> list[Claim]:
     unlike = [max(kinds.values()) - min(kinds.values()) for kinds in n.of_kind]
     spread = MOST_ACCEPTED - ACCEPTED
     return [
-        Claim(
+        paired(
             TRAINING, "The main model predicts better for having been trained with MTP",
             "Bits a byte: one module less none", -1, apart,
         ),
-        Claim(
+        paired(
             ABLATION, "Its bits a byte are as without", "Bits a byte: one module less none", 0, apart,
-            ALIKE * fmean(n.bits["none"]),
+            alike=ALIKE * fmean(n.bits["none"]), either_way=True,
         ),
-        Claim(
+        paired(
             HERE, "A second module costs the main model nothing more", "Bits a byte: two modules less one", 0,
-            Difference.of(n.bits["two"], n.bits["one"]), ALIKE * fmean(n.bits["one"]), cost=True,
+            Difference.of(n.bits["two"], n.bits["one"]), alike=ALIKE * fmean(n.bits["one"]),
         ),
-        Claim(
+        paired(
             INFERENCE, "85% or more of the drafts are accepted, in greedy decoding", "Share accepted, less 0.85", 1,
             Difference.of(n.accepted, [ACCEPTED] * len(n.accepted)), level=True,
         ),
-        Claim(
+        paired(
             INFERENCE, "85% or more of the drafts are accepted, at temperature 1", "Share accepted, less 0.85", 1,
             Difference.of(n.sampled, [ACCEPTED] * len(n.sampled)), level=True,
         ),
-        Claim(
+        paired(
             INFERENCE, "Acceptance is as good whatever the text is of: kinds are apart by less than 5 points",
             "Share accepted, best less worst kind, less 0.05", -1,
             Difference.of(unlike, [spread] * len(unlike)), level=True,
         ),
-        Claim(
+        paired(
             HERE, "Greedy text is drafted better than text drawn at temperature 1",
             "Share accepted: greedy less drawn", 1, Difference.of(n.accepted, n.sampled),
         ),
-        Claim(
+        paired(
             TRAINING, "A second module drafts the second token better than the first one does again",
             "Share of second drafts accepted: two modules less one", 1,
             Difference.of(n.second_own, n.second_chained),
         ),
-        Claim(
+        paired(
             INFERENCE, "One draft makes decoding faster", "Ratio of tokens/s, less 1", 1,
             Difference.of([ratio - 1 for ratio in n.faster], level),
         ),
-        Claim(
+        paired(
             INFERENCE, "It is 1.8 times as fast, or faster", "Ratio of tokens/s, less 1.8", 1,
             Difference.of(n.faster, [FASTER] * len(n.faster)), level=True,
         ),

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from abyssal.config import ModelConfig
-from abyssal.study.prediction_claims import ABLATIONS, ACCEPTED, ALIKE, MOST_ACCEPTED, Claim
+from abyssal.study.prediction_claims import ABLATIONS, ACCEPTED, MOST_ACCEPTED
 from abyssal.study.prediction_found import Found
 from abyssal.study.prediction_measure import GRAM, Drafted, Read, together
 from abyssal.study.prediction_speed import Timed, cost
@@ -67,16 +67,6 @@ def _modules(of_seeds: Sequence[Sequence[float]]) -> tuple[str, str]:
     columns = [percent(column) for column in zip(*of_seeds)]
     first, second, *_ = [*columns, "–", "–"]
     return first, second
-
-
-def verdicts(said: Sequence[Claim]) -> Grid:
-    """A row a claim."""
-    head = ("claim", "by", "compared", "difference", "here")
-    rows = [(c.says, c.where, c.compared, c.found.text(), c.verdict) for c in said]
-    note = "Differences between runs of the same seed, mean ± half the 95% interval (Student's, over the seeds): one "
-    note += "that is within it is not resolved, which is no proof that there is none. Bits a byte are alike where they "
-    note += f"are apart by {ALIKE:.1%} at most; the paper's 0.658 and 0.657 are apart by 0.15%."
-    return Grid("Claim by claim", head, tuple(rows), note, labels=3)
 
 
 def drafts(found: Sequence[Found], labels: Labels) -> Grid:

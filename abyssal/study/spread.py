@@ -1,4 +1,4 @@
-"""Means over seeds with their spread, and whether a difference is larger than chance makes it."""
+"""Means over seeds with their spread, and differences with their interval."""
 
 import statistics
 from collections.abc import Sequence
@@ -45,18 +45,3 @@ class Difference(NamedTuple):
 
     def text(self, digits: int = 3) -> str:
         return f"{self.mean:+.{digits}f} ± {self.margin:.{digits}f}"
-
-
-SHOWN, OPEN, REFUTED, REVERSED = "shown", "not resolved", "NOT SO", "NOT SO: the reverse"
-
-
-def judged(found: Difference, expected: int, alike: float = 0.0, either_way: bool = False) -> str:
-    """What a difference says of a claim that it is below (-1) or above (1) 0, or (0) no further above it than `alike`,
-    `either_way` no further below it either. Only where the whole interval is on one side is it not what chance may
-    have made."""
-    if expected:
-        return SHOWN if found.sign == expected else REVERSED if found.sign else OPEN
-    apart = abs(found.mean) if either_way else found.mean
-    if apart + found.margin <= alike:
-        return SHOWN
-    return REFUTED if apart - found.margin > alike else OPEN

@@ -24,6 +24,10 @@ Out = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write every number into this file.")]
 PictureFile = Annotated[Path | None, typer.Option("--picture", help="Draw into this PNG; further ones beside it.")]
+Data = Annotated[
+    Path | None, typer.Option("--data", help="A folder, each entry a kind. Default: the standard library's sources.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda ... Default: a GPU if there is one.")]
 Quick = Annotated[bool, typer.Option("--quick", help="The smallest run that goes all the way.")]
 
 
@@ -82,10 +86,8 @@ def study_balancing(
     alpha: Annotated[float | None, typer.Option(help="Weight of the auxiliary losses. Default: 0.01.")] = None,
     speed: Annotated[float | None, typer.Option(help="Of the biases, a step. Default: 0.01.")] = None,
     lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    data: Data = None,
+    device: Device = None,
     work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
         "runs/study-balance"
     ),
@@ -128,9 +130,7 @@ def study_attentions(
     context: Annotated[
         str | None, typer.Option(help="At which a token is decoded. Default: 256,1024,4096,16384.")
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
-    ] = None,
+    data: Data = None,
     device: Annotated[
         str | None, typer.Option(help="That trains: cpu, cuda ... Default: a GPU if there is one. Times are a CPU's.")
     ] = None,
@@ -176,10 +176,8 @@ def study_experts_shapes(
     vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 1024.")] = None,
     speed: Annotated[float | None, typer.Option(help="Of the balancing biases, a step. Default: 0.01.")] = None,
     lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.003.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    data: Data = None,
+    device: Device = None,
     work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
         "runs/study-experts"
     ),
@@ -221,10 +219,8 @@ def study_places(
     rotary: Annotated[int | None, typer.Option(help="Of a head's 32 dimensions, decoupled ones. Default: 12.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Tokens of the vocabulary. Default: 1024.")] = None,
     lr: Annotated[float | None, typer.Option(help="The highest learning rate. Default: 0.006.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    data: Data = None,
+    device: Device = None,
     work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
         "runs/study-positions"
     ),
@@ -265,10 +261,8 @@ def study_predictions(
     texts: Annotated[int | None, typer.Option(help="Of each kind, that the engine goes on from. Default: 8.")] = None,
     generate: Annotated[int | None, typer.Option(help="Tokens of each. Default: 64.")] = None,
     batches: Annotated[str | None, typer.Option(help="Texts at once, where speed is measured. Default: 1,8.")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="A folder, each entry a kind. Default: the standard library's sources.")
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda ... Default: a GPU if there is one.")] = None,
+    data: Data = None,
+    device: Device = None,
     work: Annotated[Path, typer.Option(help="Keeps the runs; begun again, the study trains the others.")] = Path(
         "runs/study-prediction"
     ),

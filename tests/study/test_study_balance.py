@@ -18,13 +18,12 @@ from abyssal import cli
 from abyssal.model.balance import Balance
 from abyssal.study import trained
 from abyssal.study.balance import Settings, study_balance
-from abyssal.study.balance_claims import Claim, claims
+from abyssal.study.balance_claims import claims
 from abyssal.study.balance_measure import Found, measured
 from abyssal.study.balance_pictures import smoothed
 from abyssal.study.output import load
 from abyssal.study.result import Result
 from abyssal.study.specialise import by_chance, loads, mutual_information
-from abyssal.study.spread import Difference, Spread
 from abyssal.study.texts import Texts, library_texts, open_texts
 from abyssal.study.trained import Plan, Trained, train_all
 from abyssal.train.trainer import Trainer
@@ -240,16 +239,6 @@ def test_what_chance_leaves_is_less_than_what_there_is():
 # ---- verdicts -----------------------------------------------------------------------------------------------------
 
 
-def test_differences_are_paired_and_judged_by_their_interval():
-    clear = Difference.of([1.0, 2.0, 3.0], [0.5, 1.6, 2.4])
-    assert clear.mean == pytest.approx(0.5) and clear.margin == pytest.approx(4.303 * 0.1 / 3**0.5)
-    assert clear.sign == 1 and Difference.of([0.5, 1.6, 2.4], [1.0, 2.0, 3.0]).sign == -1
-    assert Difference.of([1.0, 2.0, 3.0], [0.0, 2.5, 2.9]).sign == 0
-    assert Spread.of([1.0, 3.0]) == (2.0, pytest.approx(2**0.5))
-    with pytest.raises(ValueError, match="seeds: expected two or more, got 1"):
-        Difference.of([1.0], [2.0])
-
-
 def made(bits: float, violation: float = 0.1, within: float = 0.5, information: float = 0.1) -> Found:
     return Found(bits, violation, [violation], violation, within, information, [information], 0.0, [])
 
@@ -257,7 +246,7 @@ def made(bits: float, violation: float = 0.1, within: float = 0.5, information: 
 def judged(**of: list[Found]) -> dict[str, str]:
     base = [made(2.0), made(2.1), made(2.2)]
     names = ("none", "auxiliary", "sequence", "free", "both")
-    return {c.says: c.verdict for c in claims({name: of.get(name, base) for name in names})}
+    return {c.says: c.verdict for c in claims({name: of.get(name, base) for name in names}, dict(zip(names, names)))}
 
 
 def test_verdicts_follow_the_numbers():
@@ -283,11 +272,12 @@ def test_the_result_says_all_claims_once_and_its_size(result: Result, runs: dict
     told = " ".join(result.not_shown)
     for claim in plain:
         assert (claim["says"] in told) == (claim["verdict"] != "shown")
-        left, right = (
-            [r[claim["number"]] for r in result.numbers["variants"][claim[x]]["runs"]] for x in ("left", "right")
-        )
+    numbers = {"Where nothing": ("violation", "none", "free"), "Balancing every": ("bits_per_byte", "sequence", "free")}
+    for says, (number, *pair) in numbers.items():
+        left, right = ([r[number] for r in result.numbers["variants"][name]["runs"]] for name in pair)
         apart = [a - b for a, b in zip(left, right)]
-        assert claim["difference"] == pytest.approx(sum(apart) / len(apart))
+        claim = next(c for c in plain if c["says"].startswith(says))
+        assert claim["numbers"]["difference"] == pytest.approx(sum(apart) / len(apart))
     assert f"{QUICK.steps * QUICK.batch:,} tokens" in told and "were not searched for" in told
     assert "fell from" in told  # so short a run has learnt nothing, and it says so
     assert result.seconds == pytest.approx(sum(run.seconds for x in runs.values() for run in x))
@@ -383,10 +373,3 @@ def test_errors_are_one_line_and_come_before_any_work(
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error and not work.exists()
-
-
-def test_a_claims_sentence_has_its_numbers():
-    claim = Claim("Paper, section 1", "It holds", "violation", "a", -1, "b", Difference(-0.5, 0.25))
-    assert claim.sentence({"a": "A", "b": "B"}) == "It holds (Paper, section 1). MaxVio: A less B: -0.500 ± 0.250."
-    open_ = dataclasses.replace(claim, found=Difference(-0.5, 0.75))
-    assert "section 1), not resolved. MaxVio" in open_.sentence({"a": "A", "b": "B"})

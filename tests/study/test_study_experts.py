@@ -24,7 +24,7 @@ from abyssal.model.objective import Measured, Microbatch
 from abyssal.model.transformer import Transformer
 from abyssal.study.experts import Settings, study_experts
 from abyssal.study.experts_alike import alike, combined, picks, tells_of_token
-from abyssal.study.experts_claims import Claim, claims
+from abyssal.study.experts_claims import claims
 from abyssal.study.experts_disable import OtherGate, routed_otherwise
 from abyssal.study.experts_measure import Found, Measurer
 from abyssal.study.experts_pictures import by_favourite
@@ -32,7 +32,6 @@ from abyssal.study.experts_shapes import check_equal, counted, shapes
 from abyssal.study.experts_tokens import context_of
 from abyssal.study.output import load
 from abyssal.study.result import Result
-from abyssal.study.spread import Difference
 from abyssal.study.texts import Texts, open_texts
 from abyssal.study.trained import Plan, Trained, train_all
 
@@ -420,13 +419,6 @@ def test_verdicts_follow_the_numbers():
     assert noisy[better] == noisy[costs] == "not resolved"
 
 
-def test_a_claims_sentence_has_its_numbers():
-    claim = Claim("Paper, section 1", "It holds", "bits: A less B", -1, Difference(-0.5, 0.25))
-    assert claim.sentence() == "It holds (Paper, section 1). bits: A less B: -0.500 ± 0.250."
-    open_ = dataclasses.replace(claim, found=Difference(-0.5, 0.75))
-    assert "section 1), not resolved. bits" in open_.sentence()
-
-
 def test_the_result_says_all_claims_once_and_its_size(result: Result, runs: dict[str, list[Trained]]):
     plain = result.numbers["claims"]
     assert len(plain) == 10 and len(result.shown) == sum(c["verdict"] == "shown" for c in plain)
@@ -436,7 +428,7 @@ def test_the_result_says_all_claims_once_and_its_size(result: Result, runs: dict
     of = {name: [r["bits_per_byte"] for r in s["runs"]] for name, s in result.numbers["shapes"].items()}
     apart = [a - b for a, b in zip(of["fine_shared"], of["few"])]
     found = next(c for c in plain if c["says"].startswith("Many small"))
-    assert found["difference"] == pytest.approx(sum(apart) / len(apart))
+    assert found["numbers"]["difference"] == pytest.approx(sum(apart) / len(apart))
     assert f"{QUICK.steps * QUICK.batch:,} tokens" in told and "was not searched for" in told
     assert "fell from" in told  # so short a run has learnt nothing, and it says so
     assert result.seconds > sum(run.seconds for x in runs.values() for run in x)

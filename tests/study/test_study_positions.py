@@ -23,7 +23,7 @@ from abyssal.model.transformer import Transformer
 from abyssal.ops.rotary import rotate
 from abyssal.study.output import load
 from abyssal.study.positions import LABELS, Settings, study_positions
-from abyssal.study.positions_claims import Claim, claims
+from abyssal.study.positions_claims import claims
 from abyssal.study.positions_encodings import encoding, placed_scores, products, rotated_parts
 from abyssal.study.positions_measure import (
     Band,
@@ -42,7 +42,6 @@ from abyssal.study.positions_measure import (
 )
 from abyssal.study.positions_pictures import binned
 from abyssal.study.result import Picture, Result
-from abyssal.study.spread import Difference
 from abyssal.study.trained import Plan, Trained, train_all
 
 QUICK = dataclasses.replace(Settings.quick(), steps=4)
@@ -347,13 +346,6 @@ def test_verdicts_follow_the_numbers():
     assert grown["Integers predict worse than nothing"] == grown[worse] == "shown" and equal[worse] == "not resolved"
     noisy = judged(rope=[made(2.2), made(2.0), made(2.1)])
     assert noisy[better] == noisy["Decoupled RoPE is no worse than coupled RoPE"] == "not resolved"
-
-
-def test_a_claims_sentence_has_its_numbers():
-    claim = Claim("Paper, section 1", "It holds", "Here: a less b", -1, Difference(-0.5, 0.25))
-    assert claim.sentence == "It holds (Paper, section 1). Here: a less b: -0.500 ± 0.250 nats."
-    open_ = dataclasses.replace(claim, expected=0, alike=0.01, found=Difference(0.0, 0.1))
-    assert open_.sentence.endswith("not resolved. Here: a less b: +0.000 ± 0.100 nats (no worse: 0.010 at most).")
 
 
 def test_the_result_says_all_claims_once_and_its_size(result: Result):

@@ -237,14 +237,14 @@ def test_the_result_says_all_claims_once_and_its_numbers_hold(result: Result, ru
     for claim in plain:
         assert claim["says"] in (shown if claim["verdict"] == "shown" else told)
     bits = [[run.bits_per_byte for run in runs[name]] for name in ("one", "none")]
-    assert plain[0]["difference"] == pytest.approx(sum(a - b for a, b in zip(*bits)) / QUICK.seeds)
+    assert plain[0]["numbers"]["difference"] == pytest.approx(sum(a - b for a, b in zip(*bits)) / QUICK.seeds)
     per_seed = result.numbers["runs"]
     rates = []
     for one in per_seed:
         kinds = one["greedy"]["one, 1"].values()
         rates.append(sum(sum(k["accepted"][0]) for k in kinds) / sum(sum(k["steps"]) for k in kinds))
     accepted = next(c for c in plain if "greedy decoding" in c["says"])
-    assert accepted["difference"] == pytest.approx(sum(rates) / 2 - 0.85)
+    assert accepted["numbers"]["difference"] == pytest.approx(sum(rates) / 2 - 0.85)
     assert "Benchmarks, where the paper sees most" in told and "fell from" in told and "stood there before" in told
     assert all(one["texts"] == 2 * 3 * QUICK.texts + 3 * QUICK.texts for one in per_seed)
 
