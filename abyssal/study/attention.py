@@ -3,13 +3,12 @@
 DeepSeek-V2, sections 2.1.2 to 2.1.4 and appendix D.
 """
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -28,10 +27,9 @@ from abyssal.study.attention_tables import heads_by_layer, papers, parameters, q
 from abyssal.study.balance_tables import texts_of
 from abyssal.study.claim import claim_by_claim
 from abyssal.study.result import Result, machine
-from abyssal.study.texts import Texts, open_texts
-from abyssal.study.trained import Plan, Trained, Variant, train_all
-from abyssal.train.config import TrainConfig
-from abyssal.train.trainer import resolve_device
+from abyssal.study.small import Small, unlearnt
+from abyssal.study.texts import Texts
+from abyssal.study.trained import Trained, Variant
 
 CLAIM = (
     "MHA is stronger than GQA and MQA (DeepSeek-V2, table 8), MLA stronger than MHA with a cache as small as that of "
@@ -39,16 +37,14 @@ CLAIM = (
     "RoPE is applied to them: then all must be computed again for each token, which is why it is decoupled (2.1.3)."
 )
 EXPANDED = "mla expanded"  # a line of decoding that is no rung
-LEARNT = 1.0  # nats that a loss falls at least in a run that says anything
 HEADS_ON = 4  # held-out sequences of each kind whose attention is compared
 SEED = 0  # of what is drawn for measurements
 APART = 64  # tokens of context at which the paths' logits are compared
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run is `steps` of `batch` tokens in sequences of `sequence`; `text` bytes at most of each kind are read, and
-    `held_out` sequences of each measured. A token is decoded at each of `contexts`, `rounds` times; the algebra is of
+class Settings(Small):
+    """A token is decoded at each of `contexts`, `rounds` times; the algebra is of
     `algebra_heads` of DeepSeek-V3's heads, at `algebra_context`, and of a prompt of an eighth of that.
 
     `device` trains; times are taken on the CPU. Raises ValueError naming the setting.
@@ -58,37 +54,22 @@ class Settings:
     algebra, and less of the clock on two.
     """
 
-    seeds: int = 3
     steps: int = 140
     batch: int = 1024
-    sequence: int = 256
-    text: int = 200_000
-    held_out: int = 16
-    layers: int = 4
-    width: int = 128
     heads: int = 8
     groups: int = 2
-    vocab: int = 2048
-    lr: float = 3e-3
     contexts: tuple[int, ...] = (256, 1024, 4096, 16384)
     rounds: int = 15
     algebra_heads: int = 16
     algebra_context: int = 2048
-    device: str | None = None
-    data: Path | None = None
+
+    LEAST: ClassVar = {
+        **Small.LEAST, "sequence": EVERY, "width": 4, "heads": 2, "groups": 1, "rounds": 2, "algebra_heads": 1,
+        "algebra_context": 8,
+    }  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ValueError(f"seeds: expected two or more, there is no spread of {self.seeds}")
-        least = {
-            "steps": 4, "batch": 1, "sequence": EVERY, "held_out": 1, "layers": 1, "width": 4, "heads": 2, "groups": 1,
-            "vocab": 260, "text": 1000, "rounds": 2, "algebra_heads": 1, "algebra_context": 8,
-        }  # fmt: skip
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr: expected a positive number, got {self.lr}")
+        super().__post_init__()
         rising = sorted(set(self.contexts)) == list(self.contexts)
         if len(self.contexts) < 2 or not rising or self.contexts[0] < 2:
             raise ValueError(f"contexts: expected two or more, rising from 2 or more, got {self.contexts}")
@@ -108,11 +89,7 @@ class Settings:
 
     def training(self) -> dict[str, Any]:
         """Settings of TrainConfig that all rungs share."""
-        return {
-            "steps": self.steps, "batch_tokens": self.batch, "sequence": self.sequence, "lr": self.lr,
-            "warmup_steps": self.steps // 10, "decay_fraction": 0.4, "final_lr": self.lr / 10, "bias_speed": 0.0,
-            "sequence_balance": 0.0, "auxiliary_balance": 0.0, "device": self.device,
-        }  # fmt: skip
+        return {**super().training(), "bias_speed": 0.0, "sequence_balance": 0.0, "auxiliary_balance": 0.0}
 
 
 @dataclass(frozen=True)
@@ -135,12 +112,10 @@ def study_attention(settings: Settings, folder: Path, command: str = "", console
     """
     console = console or Console(quiet=True)
     rungs = settings.ladder()
-    device = str(resolve_device(TrainConfig.of({"model": "", "out": "", **settings.training()}))[0])
-    texts = open_texts(
-        folder, settings.data, settings.text, settings.vocab, settings.sequence, settings.held_out, console.print
-    )
+    device = str(settings.trains_on())
+    texts = settings.read_texts(folder, console)
     variants = [Variant(rung.name, rung.label, rung.model) for rung in rungs]
-    runs = train_all(Plan(variants, range(settings.seeds), texts, settings.training(), folder), console)
+    runs = settings.train(variants, texts, folder, console)
     labels = {rung.name: rung.label for rung in rungs} | {EXPANDED: "MLA, decoupled RoPE, expanded anew"}
     console.print("measuring heads, decoding and algebra")
     m = _measure(settings, rungs, runs, texts)
@@ -210,14 +185,8 @@ def _ready(model: Transformer) -> Transformer:
 
 
 def _limits(settings: Settings, first: Trained) -> tuple[str, ...]:
-    last = first.loss[-max(len(first.loss) // 10, 1) :]
-    begun, ended = first.loss[0], sum(last) / len(last)
-    early = (
-        f"Anything of a trained model: the loss of {first.variant} fell from {begun:.2f} to {ended:.2f} nats only, and "
-        "what is alike so early may yet part.",
-    )
     return (
-        *(early if begun - ended < LEARNT else ()),
+        *unlearnt(first),
         f"What happens at the papers' size: here {first.parameters / 1e6:.1f}M parameters see {first.tokens:,} tokens "
         "and are judged by bits a byte, there 7B and more see over a trillion, judged by benchmarks.",
         f"Each rung at its best: one learning rate, {settings.lr:g}, serves all and was not searched for; what "
@@ -236,7 +205,7 @@ def _numbers(
     said: Sequence[Claim],
 ) -> dict[str, Any]:  # fmt: skip
     return {
-        "settings": {**dataclasses.asdict(settings), "data": settings.data and str(settings.data)},
+        "settings": settings.plain(),
         "tokens": runs[rungs[0].name][0].tokens,
         "texts": {**texts.about, "sha256": texts.fingerprint},
         "claims": [claim.plain() for claim in said],

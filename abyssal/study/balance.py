@@ -3,10 +3,9 @@
 DeepSeek-V3, sections 2.1.2, 4.5.2 and 4.5.3; Wang et al. 2024.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console
@@ -18,59 +17,35 @@ from abyssal.study.balance_pictures import curves, heat, smoothed
 from abyssal.study.balance_tables import by_kind, by_layer, papers, table, texts_of
 from abyssal.study.claim import claim_by_claim
 from abyssal.study.result import Result, machine
-from abyssal.study.texts import open_texts, source_of
-from abyssal.study.trained import Plan, Trained, Variant, train_all
-from abyssal.train.config import TrainConfig
-from abyssal.train.trainer import resolve_device
+from abyssal.study.small import Small, unlearnt
+from abyssal.study.texts import source_of
+from abyssal.study.trained import Trained, Variant
 
 CLAIM = (
     "Too large an auxiliary loss impairs the model; a bias that only steers who is picked balances without one "
     "(DeepSeek-V3, section 2.1.2), predicts better (4.5.2; Wang et al. 2024, table 2), and lets experts specialise by "
     "domain, which a loss that balances every sequence does not (4.5.3)."
 )
-LEARNT = 1.0  # nats that a loss falls at least in a run that says anything
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run is `steps` of `batch` tokens in sequences of `sequence`; `text` bytes at most of each kind are read, and
-    `held_out` sequences of each measured.
-
-    `alpha` weighs the auxiliary loss and, where it balances alone, the sequence-wise one; `small_alpha` the
+class Settings(Small):
+    """`alpha` weighs the auxiliary loss and, where it balances alone, the sequence-wise one; `small_alpha` the
     sequence-wise one beside the biases; `speed` moves the biases. Raises ValueError naming the setting.
 
     The default is 15 runs of 100 steps. A step took 0.33 s of a core's time and the held-out texts 1.1 s, four times a
     run (process time over six steps, one thread, a busy machine): 570 s of one core, and less of the clock on two.
     """
 
-    seeds: int = 3
-    steps: int = 100
-    batch: int = 2048
-    sequence: int = 256
-    text: int = 200_000
-    held_out: int = 16
     layers: int = 4  # the first is dense
-    width: int = 128
     experts: int = 16
     chosen: int = 4
-    vocab: int = 2048
-    lr: float = 3e-3
     alpha: float = 0.01  # DeepSeekMoE's 2B (section 4.1.2)
     small_alpha: float = 0.0001  # DeepSeek-V3 (section 4.2)
     speed: float = 0.01  # V3's 0.001 moves a bias by a tenth in 100 steps
-    device: str | None = None
-    data: Path | None = None
 
-    def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ValueError(f"seeds: expected two or more, there is no spread of {self.seeds}")
-        least = {"steps": 4, "batch": 1, "sequence": 2, "held_out": 1, "layers": 2, "vocab": 260, "text": 1000}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
-        for name in ("alpha", "small_alpha", "speed", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+    LEAST: ClassVar = {**Small.LEAST, "layers": 2}
+    POSITIVE = ("alpha", "small_alpha", "speed", "lr")
 
     @staticmethod
     def quick() -> "Settings":
@@ -81,24 +56,15 @@ class Settings:
         )  # fmt: skip
 
     def model(self) -> ModelConfig:
-        """DeepSeek-V3 in small, without MTP and without groups of experts."""
-        heads = max(self.width // 32, 1)
-        return ModelConfig.load("tiny").replace(
-            vocab_size=self.vocab, hidden_size=self.width, intermediate_size=self.width * 5 // 2,
-            moe_intermediate_size=max(self.width // 2, 1), num_hidden_layers=self.layers, num_attention_heads=heads,
-            num_key_value_heads=heads, q_lora_rank=None, kv_lora_rank=max(self.width // 4, 1), qk_nope_head_dim=24,
-            qk_rope_head_dim=8, v_head_dim=32, n_routed_experts=self.experts, num_experts_per_tok=self.chosen,
-            n_group=1, topk_group=1, routed_scaling_factor=1.0, num_nextn_predict_layers=0,
-            max_position_embeddings=self.sequence,
+        """DeepSeek-V3 in small."""
+        return self.in_small().replace(
+            intermediate_size=self.width * 5 // 2, moe_intermediate_size=max(self.width // 2, 1),
+            n_routed_experts=self.experts, num_experts_per_tok=self.chosen,
         )  # fmt: skip
 
     def training(self) -> dict[str, Any]:
         """Settings of TrainConfig that all variants share: nothing balances."""
-        return {
-            "steps": self.steps, "batch_tokens": self.batch, "sequence": self.sequence, "lr": self.lr,
-            "warmup_steps": self.steps // 10, "decay_fraction": 0.4, "final_lr": self.lr / 10, "bias_speed": 0.0,
-            "sequence_balance": 0.0, "auxiliary_balance": 0.0, "device": self.device,
-        }  # fmt: skip
+        return {**super().training(), "bias_speed": 0.0, "sequence_balance": 0.0, "auxiliary_balance": 0.0}
 
     def variants(self) -> list[Variant]:
         """All have biases, which stay 0 where nothing moves them."""
@@ -122,11 +88,9 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
     """
     console = console or Console(quiet=True)
     variants = settings.variants()
-    device = str(resolve_device(TrainConfig.of({"model": "", "out": "", **settings.training()}))[0])
-    texts = open_texts(
-        folder, settings.data, settings.text, settings.vocab, settings.sequence, settings.held_out, console.print
-    )
-    runs = train_all(Plan(variants, range(settings.seeds), texts, settings.training(), folder), console)
+    device = str(settings.trains_on())
+    texts = settings.read_texts(folder, console)
+    runs = settings.train(variants, texts, folder, console)
     found = {name: [measured(run) for run in of_seeds] for name, of_seeds in runs.items()}
     labels = {variant.name: variant.label for variant in variants}
     said, first = claims(found, labels), runs["none"][0]
@@ -148,7 +112,7 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
         ),
         pictures=(curves(runs, labels), heat(found, labels, texts.kinds, dense)),
         numbers={
-            "settings": {**dataclasses.asdict(settings), "data": settings.data and str(settings.data)},
+            "settings": settings.plain(),
             "parameters": first.parameters,
             "tokens": first.tokens,
             "texts": {**texts.about, "sha256": texts.fingerprint},
@@ -170,14 +134,8 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
 
 def _limits(settings: Settings, first: Trained) -> tuple[str, ...]:
     kinds, gates = len(first.counts), len(first.violation[0])
-    last = first.loss[-max(len(first.loss) // 10, 1) :]
-    begun, ended = first.loss[0], sum(last) / len(last)
-    early = (
-        f"Anything of a trained model: the loss of {first.variant} fell from {begun:.2f} to {ended:.2f} nats only, and "
-        "what is alike so early may yet part.",
-    )
     return (
-        *(early if begun - ended < LEARNT else ()),
+        *unlearnt(first),
         f"What happens at the papers' size: here {first.parameters / 1e6:.1f}M parameters see {first.tokens:,} tokens, "
         "there 1B parameters see 100B tokens and more.",
         f"Which strength is best: alpha {settings.alpha:g} and speed {settings.speed:g} were not searched for. Another "

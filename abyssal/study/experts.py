@@ -7,7 +7,7 @@ import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -30,64 +30,45 @@ from abyssal.study.experts_tables import (
 )
 from abyssal.study.experts_tokens import Taker
 from abyssal.study.result import Result, machine
-from abyssal.study.texts import open_texts, source_of
-from abyssal.study.trained import Plan, Trained, Variant, train_all
-from abyssal.train.config import TrainConfig
-from abyssal.train.trainer import resolve_device
+from abyssal.study.small import Small, unlearnt
+from abyssal.study.texts import source_of
+from abyssal.study.trained import Trained, Variant
 
 CLAIM = (
     "Cutting experts finer, of which more are combined, and isolating shared ones lets experts specialise: at equal "
     "parameters and equal activated parameters the model predicts better (DeepSeekMoE, sections 3, 4.2 and 4.4), and "
     "its experts are less redundant (4.5). DeepSeek-V3 is built so (section 2.1.2)."
 )
-LEARNT = 1.0  # nats that a loss falls at least in a run that says anything
 TOLD = ("few", "fine_shared")  # whose tokens are told
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run is `steps` of `batch` tokens in sequences of `sequence`; `text` bytes at most of each kind are read, and
-    `held_out` sequences of each measured.
-
-    Few large: `chosen` of `experts`, each `expert_width` wide. Many small: each of these cut into `parts`. `speed`
-    moves the biases that balance all of them. Raises ValueError naming the setting.
+class Settings(Small):
+    """Few large: `chosen` of `experts`, each `expert_width` wide. Many small: each of these cut into `parts`.
+    `speed` moves the biases that balance all of them. Raises ValueError naming the setting.
 
     The default is 15 runs of 80 steps, in DeepSeekMoE's numbers of experts. A step took 0.21 s (dense) to 0.33 s (fine)
     of a core's time, the held-out texts 0.6 to 1.4 s, four times a run and up to eight times after it (process time
     over four steps, one thread, a busy machine): 450 s of one core, and less of the clock on two.
     """
 
-    seeds: int = 3
     steps: int = 80
-    batch: int = 2048
     sequence: int = 128
     text: int = 600_000
     held_out: int = 24
     layers: int = 3  # all have experts, as in DeepSeekMoE's 2B (section 4.1.3)
-    width: int = 128
     experts: int = 16
     chosen: int = 2
     expert_width: int = 128
     parts: int = 4
     vocab: int = 1024
-    lr: float = 3e-3
     speed: float = 0.01
-    device: str | None = None
-    data: Path | None = None
+
+    LEAST: ClassVar = {**Small.LEAST, "parts": 2, "chosen": 2, "experts": 4}
+    POSITIVE = ("speed", "lr")
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ValueError(f"seeds: expected two or more, there is no spread of {self.seeds}")
-        least = {
-            "steps": 4, "batch": 1, "sequence": 2, "held_out": 1, "layers": 1, "width": 1, "vocab": 260, "text": 1000,
-            "parts": 2, "chosen": 2, "experts": 4,
-        }  # fmt: skip
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
-        for name in ("speed", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        super().__post_init__()
         if self.expert_width < 1 or self.expert_width % self.parts:
             raise ValueError(f"expert_width: expected a multiple of the {self.parts} parts, got {self.expert_width}")
         most = self.experts - self.levels()[-1]
@@ -113,27 +94,18 @@ class Settings:
         return shapes(self.experts, self.chosen, self.expert_width, self.parts)
 
     def model(self) -> ModelConfig:
-        """DeepSeek-V3 in small, without MTP and groups of experts; a shape is yet to be put in.
+        """DeepSeek-V3 in small; a shape is yet to be put in.
 
         A gate value is an expert's own affinity, not normalised over those chosen: of one expert that would be 1
         whatever the gate thinks of the token, and a gate with one to choose would not be learnt. Experts that are cut
         into parts with the same affinity compute what they did.
         """
-        heads = max(self.width // 32, 1)
-        return ModelConfig.load("tiny").replace(
-            vocab_size=self.vocab, hidden_size=self.width, num_hidden_layers=self.layers, num_attention_heads=heads,
-            num_key_value_heads=heads, q_lora_rank=None, kv_lora_rank=max(self.width // 4, 1), qk_nope_head_dim=24,
-            qk_rope_head_dim=8, v_head_dim=32, n_group=1, topk_group=1, norm_topk_prob=False,
-            routed_scaling_factor=1.0, num_nextn_predict_layers=0, max_position_embeddings=self.sequence,
-        )  # fmt: skip
+        return self.in_small().replace(norm_topk_prob=False)
 
     def training(self) -> dict[str, Any]:
         """Settings of TrainConfig that all variants share."""
-        return {
-            "steps": self.steps, "batch_tokens": self.batch, "sequence": self.sequence, "lr": self.lr,
-            "warmup_steps": self.steps // 10, "decay_fraction": 0.4, "final_lr": self.lr / 10,
-            "bias_speed": self.speed, "sequence_balance": 0.0, "auxiliary_balance": 0.0, "device": self.device,
-        }  # fmt: skip
+        balance = {"bias_speed": self.speed, "sequence_balance": 0.0, "auxiliary_balance": 0.0}
+        return {**super().training(), **balance}
 
     def variants(self) -> list[Variant]:
         """A shape each."""
@@ -150,11 +122,9 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
     all_shapes, variants = settings.shapes(), settings.variants()
     counts = [counted(shape, settings.model()) for shape in all_shapes]
     check_equal(counts)
-    device = str(resolve_device(TrainConfig.of({"model": "", "out": "", **settings.training()}))[0])
-    texts = open_texts(
-        folder, settings.data, settings.text, settings.vocab, settings.sequence, settings.held_out, console.print
-    )
-    runs = train_all(Plan(variants, range(settings.seeds), texts, settings.training(), folder), console)
+    device = str(settings.trains_on())
+    texts = settings.read_texts(folder, console)
+    runs = settings.train(variants, texts, folder, console)
     start = time.perf_counter()
     measurer = Measurer(texts, settings.levels(), settings.parts, settings.vocab, device)
     found: dict[str, list[Found]] = {}
@@ -192,7 +162,7 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
             heat(all_shapes, found, texts.kinds, 0),
         ),
         numbers={
-            "settings": {**dataclasses.asdict(settings), "data": settings.data and str(settings.data)},
+            "settings": settings.plain(),
             "tokens": first.tokens,
             "texts": {**texts.about, "sha256": texts.fingerprint},
             "claims": [claim.plain() for claim in said],
@@ -217,14 +187,8 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
 
 
 def _limits(settings: Settings, first: Trained) -> tuple[str, ...]:
-    last = first.loss[-max(len(first.loss) // 10, 1) :]
-    begun, ended = first.loss[0], sum(last) / len(last)
-    early = (
-        f"Anything of a trained model: the loss of {first.variant} fell from {begun:.2f} to {ended:.2f} nats only, and "
-        "what is alike so early may yet part.",
-    )
     return (
-        *(early if begun - ended < LEARNT else ()),
+        *unlearnt(first),
         f"What happens at the paper's size: here {first.parameters / 1e6:.1f}M parameters see {first.tokens:,} tokens, "
         "there 2B parameters see 100B tokens. What an expert knows takes many tokens, and a small one here is "
         f"{settings.expert_width // settings.parts} wide.",

@@ -5,13 +5,12 @@ Vaswani et al. 2017, section 3.5; Su et al. 2021 (RoFormer); Kazemnejad et al. 2
 DeepSeek-V2, section 2.1.3.
 """
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -27,11 +26,10 @@ from abyssal.study.positions_claims import NOTE, claims
 from abyssal.study.positions_encodings import Products, encoding, placed_scores, products
 from abyssal.study.positions_measure import ROTARY, Found, factors, measured, with_yarn
 from abyssal.study.result import Result, machine
+from abyssal.study.small import Small, losses
 from abyssal.study.spread import Spread
-from abyssal.study.texts import Texts, open_texts
-from abyssal.study.trained import Plan, Trained, Variant, train_all
-from abyssal.train.config import TrainConfig
-from abyssal.train.trainer import resolve_device
+from abyssal.study.texts import Texts
+from abyssal.study.trained import Trained, Variant
 
 CLAIM = (
     "Sinusoids may let a model extrapolate (Vaswani et al. 2017, section 3.5). Rotated queries and keys give products "
@@ -49,10 +47,9 @@ LEARNT = 1.0  # nats below an even guess that the loss of a run ends at least th
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run is `steps` of `batch` tokens in sequences of `sequence`; `text` bytes at most of each kind are read, and
-    `held_out` texts of each, `reach` times as long as a training sequence, are measured. Of a head's 32 dimensions
-    `rotary` are rotated where the rotary key is decoupled.
+class Settings(Small):
+    """The `held_out` texts are `reach` times as long as a training sequence. Of a head's 32 dimensions `rotary` are
+    rotated where the rotary key is decoupled.
 
     Raises ValueError naming the setting.
 
@@ -60,28 +57,20 @@ class Settings:
     of runs of 300 and 400 steps, one thread, a busy machine): 470 s of one core, and less of the clock on two.
     """
 
-    seeds: int = 3
     steps: int = 350
     batch: int = 1024
     sequence: int = 64
     reach: int = 4
     text: int = 500_000
-    held_out: int = 16
     layers: int = 2
-    width: int = 128
     rotary: int = 12
     vocab: int = 1024
     lr: float = 6e-3
-    device: str | None = None
-    data: Path | None = None
+
+    LEAST: ClassVar = {**Small.LEAST, "sequence": 16}
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ValueError(f"seeds: expected two or more, there is no spread of {self.seeds}")
-        least = {"steps": 4, "batch": 1, "sequence": 16, "held_out": 1, "layers": 1, "vocab": 260, "text": 1000}
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
+        super().__post_init__()
         if self.sequence % 8:
             raise ValueError(f"sequence: expected a multiple of 8, got {self.sequence}")
         if self.reach < 2 or self.reach & (self.reach - 1):
@@ -90,8 +79,6 @@ class Settings:
             raise ValueError(f"width: expected a multiple of {HEAD}, got {self.width}")
         if not 0 < self.rotary < HEAD or self.rotary % 2:
             raise ValueError(f"rotary: expected an even number below {HEAD}, got {self.rotary}")
-        if not 0 < self.lr < float("inf"):
-            raise ValueError(f"lr: expected a positive number, got {self.lr}")
 
     @staticmethod
     def quick() -> "Settings":
@@ -117,21 +104,10 @@ class Settings:
             initializer_range=self.width**-0.5, max_position_embeddings=self.longest,
         )  # fmt: skip
 
-    def training(self) -> dict[str, Any]:
-        """Settings of TrainConfig, the same for all."""
-        return {
-            "steps": self.steps, "batch_tokens": self.batch, "sequence": self.sequence, "lr": self.lr,
-            "warmup_steps": self.steps // 10, "decay_fraction": 0.4, "final_lr": self.lr / 10, "device": self.device,
-        }  # fmt: skip
-
     def variants(self) -> list[Variant]:
         """Embeddings are drawn √D times as large as the weights, so that an encoding of numbers up to 1 does not drown
         them (Vaswani et al. 2017, section 3.4); of all alike."""
         return [Variant(x, LABELS[x], self.model(x), embeddings=self.width**0.5) for x in LABELS]
-
-    def texts(self, folder: Path, tokens: int, console: Console) -> Texts:
-        """Those that are trained on, and others in pieces of `tokens`."""
-        return open_texts(folder, self.data, self.text, self.vocab, tokens, self.held_out, console.print)
 
 
 def study_positions(settings: Settings, folder: Path, command: str = "", console: Console | None = None) -> Result:
@@ -141,9 +117,9 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
     """
     console = console or Console(quiet=True)
     variants, length = settings.variants(), settings.sequence
-    device = resolve_device(TrainConfig.of({"model": "", "out": "", **settings.training()}))[0]
-    texts, longer = (settings.texts(folder, tokens, console) for tokens in (length, settings.longest))
-    runs = train_all(Plan(variants, range(settings.seeds), texts, settings.training(), folder), console)
+    device = settings.trains_on()
+    texts, longer = (settings.read_texts(folder, console, tokens) for tokens in (length, settings.longest))
+    runs = settings.train(variants, texts, folder, console)
     began = time.perf_counter()
     pieces, sizes = _pieces(longer)
     found = {name: [_measured(run, pieces, length, device) for run in runs[name]] for name in runs}
@@ -179,7 +155,7 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
             pictures.dots(added, rotated, scores, length, labels),
         ),
         numbers={
-            "settings": {**dataclasses.asdict(settings), "data": settings.data and str(settings.data)},
+            "settings": settings.plain(),
             "parameters": parameters,
             "tokens": runs["none"][0].tokens,
             "texts": {**longer.about, "sha256": texts.fingerprint, "longer_sha256": longer.fingerprint},
@@ -254,8 +230,7 @@ def _facts(
 
 def _limits(settings: Settings, runs: Mapping[str, list[Trained]], pieces: Tensor) -> tuple[str, ...]:
     first = runs["none"][0]
-    last = first.loss[-max(len(first.loss) // 10, 1) :]
-    ended, evenly = sum(last) / len(last), math.log(settings.vocab)
+    ended, evenly = losses(first)[1], math.log(settings.vocab)
     early = (
         f"Anything of a trained model: the loss of {first.variant} ended at {ended:.2f} nats, where an even guess has "
         f"{evenly:.2f}, and what is alike so early may yet part.",

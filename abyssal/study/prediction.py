@@ -3,12 +3,11 @@
 DeepSeek-V3, sections 2.2, 4.5.1 and 5.4.3.
 """
 
-import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
@@ -21,10 +20,8 @@ from abyssal.study.prediction_pictures import acceptance, gains
 from abyssal.study.prediction_speed import cost, module_share
 from abyssal.study.prediction_tables import arithmetic, by_kind, drafts, papers, speed, table
 from abyssal.study.result import Result, machine
-from abyssal.study.texts import open_texts
-from abyssal.study.trained import Plan, Trained, Variant, train_all
-from abyssal.train.config import TrainConfig
-from abyssal.train.trainer import resolve_device
+from abyssal.study.small import Small, unlearnt
+from abyssal.study.trained import Trained, Variant
 
 CLAIM = (
     "Predicting a second token at every position densifies the training signal (DeepSeek-V3, section 2.2): with it "
@@ -35,10 +32,9 @@ LEARNT = 1.0  # nats that a loss falls at least in a run that says anything
 
 
 @dataclass(frozen=True)
-class Settings:
-    """A run is `steps` of `batch` tokens in sequences of `sequence`; `text` bytes at most of each kind are read, and
-    `held_out` sequences of each measured. The engine goes on from the first `prompt` tokens of `texts` of these with
-    `generate` tokens each; speed is measured with `timed` tokens of each text, `batches` texts at once.
+class Settings(Small):
+    """The engine goes on from the first `prompt` tokens of `texts` held-out sequences of each kind with `generate`
+    tokens each; speed is measured with `timed` tokens of each text, `batches` texts at once.
 
     `weight` is the MTP loss's, a third of it in the last third of a run. Raises ValueError naming the setting.
 
@@ -47,40 +43,23 @@ class Settings:
     five steps, one thread, a busy machine): 360 s of one core, and less of the clock on two.
     """
 
-    seeds: int = 3
     steps: int = 120
     batch: int = 1024
-    sequence: int = 256
-    text: int = 200_000
-    held_out: int = 16
     layers: int = 4  # the first is dense
-    width: int = 128
     experts: int = 16
     chosen: int = 4
-    vocab: int = 2048
-    lr: float = 3e-3
     weight: float = 0.3  # DeepSeek-V3 (section 4.2)
     texts: int = 8
     prompt: int = 32
     generate: int = 64
     timed: int = 48
     batches: tuple[int, ...] = (1, 8)
-    device: str | None = None
-    data: Path | None = None
+
+    LEAST: ClassVar = {**Small.LEAST, "sequence": 8, "layers": 2, "texts": 1, "prompt": 1, "generate": 4, "timed": 4}
+    POSITIVE = ("weight", "lr")
 
     def __post_init__(self) -> None:
-        if self.seeds < 2:
-            raise ValueError(f"seeds: expected two or more, there is no spread of {self.seeds}")
-        least = {
-            "steps": 4, "batch": 1, "sequence": 8, "held_out": 1, "layers": 2, "vocab": 260, "text": 1000, "texts": 1,
-            "prompt": 1, "generate": 4, "timed": 4,
-        }  # fmt: skip
-        for name, number in least.items():
-            if getattr(self, name) < number:
-                raise ValueError(f"{name}: expected {number} or more, got {getattr(self, name)}")
-        for name in ("weight", "lr"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
+        super().__post_init__()
         if not self.batches or min(self.batches) < 1:
             raise ValueError(f"batches: expected positive numbers, got {self.batches}")
         longest = self.sequence - self.prompt
@@ -100,24 +79,16 @@ class Settings:
         )  # fmt: skip
 
     def model(self, modules: int) -> ModelConfig:
-        """DeepSeek-V3 in small, without groups of experts, with so many MTP modules."""
-        heads = max(self.width // 32, 1)
-        return ModelConfig.load("tiny").replace(
-            vocab_size=self.vocab, hidden_size=self.width, intermediate_size=self.width * 5 // 2,
-            moe_intermediate_size=max(self.width // 2, 1), num_hidden_layers=self.layers, num_attention_heads=heads,
-            num_key_value_heads=heads, q_lora_rank=None, kv_lora_rank=max(self.width // 4, 1), qk_nope_head_dim=24,
-            qk_rope_head_dim=8, v_head_dim=32, n_routed_experts=self.experts, num_experts_per_tok=self.chosen,
-            n_group=1, topk_group=1, routed_scaling_factor=1.0, num_nextn_predict_layers=modules,
-            max_position_embeddings=self.sequence,
+        """DeepSeek-V3 in small, with so many MTP modules."""
+        return self.in_small().replace(
+            intermediate_size=self.width * 5 // 2, moe_intermediate_size=max(self.width // 2, 1),
+            n_routed_experts=self.experts, num_experts_per_tok=self.chosen, num_nextn_predict_layers=modules,
         )  # fmt: skip
 
     def training(self) -> dict[str, Any]:
         """Settings of TrainConfig that all variants share."""
-        return {
-            "steps": self.steps, "batch_tokens": self.batch, "sequence": self.sequence, "lr": self.lr,
-            "warmup_steps": self.steps // 10, "decay_fraction": 0.4, "final_lr": self.lr / 10, "bias_speed": 0.01,
-            "mtp_weight": self.weight, "mtp_weight_late": self.weight / 3, "device": self.device,
-        }  # fmt: skip
+        mtp = {"mtp_weight": self.weight, "mtp_weight_late": self.weight / 3}
+        return {**super().training(), "bias_speed": 0.01, **mtp}
 
     def variants(self) -> list[Variant]:
         """A seed gives their main models the same first weights and the same texts in the same order."""
@@ -132,11 +103,9 @@ def study_prediction(settings: Settings, folder: Path, command: str = "", consol
     """
     console = console or Console(quiet=True)
     variants = settings.variants()
-    device = resolve_device(TrainConfig.of({"model": "", "out": "", **settings.training()}))[0]
-    texts = open_texts(
-        folder, settings.data, settings.text, settings.vocab, settings.sequence, settings.held_out, console.print
-    )
-    runs = train_all(Plan(variants, range(settings.seeds), texts, settings.training(), folder), console)
+    device = settings.trains_on()
+    texts = settings.read_texts(folder, console)
+    runs = settings.train(variants, texts, folder, console)
     began = time.perf_counter()
     found = []
     for seed in range(settings.seeds):
@@ -170,7 +139,7 @@ def study_prediction(settings: Settings, folder: Path, command: str = "", consol
             gains([f.timed for f in found], variants[1].model, context),
         ),
         numbers={
-            "settings": {**dataclasses.asdict(settings), "data": settings.data and str(settings.data)},
+            "settings": settings.plain(),
             "tokens": runs["none"][0].tokens,
             "parameters": {name: of_seeds[0].parameters for name, of_seeds in runs.items()},
             "texts": {**texts.about, "sha256": texts.fingerprint},
@@ -232,14 +201,8 @@ def _slower(found: Sequence[Found]) -> tuple[str, ...]:
 
 def _limits(settings: Settings, first: Trained, found: Sequence[Found]) -> tuple[str, ...]:
     repeats = [together(list(f.greedy["one", 1].values())).repeated for f in found]
-    last = first.loss[-max(len(first.loss) // 10, 1) :]
-    begun, ended = first.loss[0], sum(last) / len(last)
-    early = (
-        f"Anything of a trained model: the loss without MTP fell from {begun:.2f} to {ended:.2f} nats only, and what "
-        "is alike so early may yet part.",
-    )
     return (
-        *(early if begun - ended < LEARNT else ()),
+        *unlearnt(first),
         f"What happens at the papers' size: there 15.7B and 228.7B parameters see 1.33T and 540B tokens, here "
         f"{first.parameters / 1e6:.1f}M see {first.tokens:,}. What a model gains by looking ahead it may gain late.",
         "Benchmarks, where the paper sees most of what MTP gives: so small a model answers nothing. Bits a byte, which "

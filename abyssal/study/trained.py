@@ -37,7 +37,8 @@ from abyssal.train.wrap import unwrapped
 RUN, MODEL = "run.json", "model"
 # What a trained model hangs on. Other pictures of it do not make it another.
 TRAINED_BY = (
-    "config.py", "data", "kernels", "model", "ops", "parallel", "train", "study/texts.py", "study/trained.py",
+    "config.py", "data", "kernels", "model", "ops", "parallel", "train",
+    "study/small.py", "study/texts.py", "study/trained.py",
 )  # fmt: skip
 CHECKS = 4  # times that the held-out texts are measured in a run
 

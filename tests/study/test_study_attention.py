@@ -438,7 +438,7 @@ def test_errors_are_one_line_and_come_before_any_work(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    monkeypatch.setattr("abyssal.study.attention.train_all", None)  # would be called
+    monkeypatch.setattr("abyssal.study.small.train_all", None)  # would be called
     work_folder = tmp_path / "work"
     line = ["abyssal", "study", "attention", "--quick", "--work", str(work_folder), *arguments]
     monkeypatch.setattr(sys, "argv", line)

@@ -365,7 +365,7 @@ def test_errors_are_one_line_and_come_before_any_work(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    monkeypatch.setattr("abyssal.study.balance.train_all", None)  # would be called
+    monkeypatch.setattr("abyssal.study.small.train_all", None)  # would be called
     work = tmp_path / "work"
     monkeypatch.setattr(sys, "argv", ["abyssal", "study", "balance", "--quick", "--work", str(work), *arguments])
     with pytest.raises(SystemExit) as stopped:

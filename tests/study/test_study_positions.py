@@ -71,13 +71,13 @@ def result(work: Path, told: str) -> Result:
 @pytest.fixture(scope="module")
 def runs(result: Result, work: Path) -> dict[str, list[Trained]]:
     """Those that the study made, read back."""
-    texts = QUICK.texts(work, QUICK.sequence, SILENT)
+    texts = QUICK.read_texts(work, SILENT, QUICK.sequence)
     return train_all(Plan(QUICK.variants(), range(QUICK.seeds), texts, QUICK.training(), work), SILENT)
 
 
 @pytest.fixture(scope="module")
 def pieces(result: Result, work: Path) -> torch.Tensor:
-    longer = QUICK.texts(work, QUICK.longest, SILENT)
+    longer = QUICK.read_texts(work, SILENT, QUICK.longest)
     return torch.stack([batch.tokens for of_kind in longer.held_out.values() for batch in of_kind])
 
 
@@ -150,7 +150,7 @@ def test_the_loss_within_the_trained_length_is_the_one_that_training_measures(
     runs: dict[str, list[Trained]], work: Path
 ):
     """By the trainer's way: the same tokens, sums over all of them."""
-    texts = QUICK.texts(work, QUICK.sequence, SILENT)
+    texts = QUICK.read_texts(work, SILENT, QUICK.sequence)
     run = runs["rope"][0]
     for kind, batches in texts.held_out.items():
         own = torch.stack([batch.tokens for batch in batches])
@@ -404,7 +404,7 @@ def test_errors_are_one_line_and_come_before_any_work(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    monkeypatch.setattr("abyssal.study.positions.train_all", None)  # would be called
+    monkeypatch.setattr("abyssal.study.small.train_all", None)  # would be called
     work = tmp_path / "work"
     monkeypatch.setattr(sys, "argv", ["abyssal", "study", "positions", "--quick", "--work", str(work), *arguments])
     with pytest.raises(SystemExit) as stopped:
