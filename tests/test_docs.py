@@ -116,8 +116,11 @@ def test_commands_are_understood(document: str) -> None:
             if program == "make":
                 assert words[0] in targets
             if program == "abyssal":
-                verb, *arguments = words
-                given = group.commands[verb].make_context(verb, arguments).params  # type: ignore[attr-defined]
+                command, verb, arguments = group, "", words
+                while hasattr(command, "commands"):  # `study` and `bench` have verbs of their own
+                    verb, *arguments = arguments
+                    command = command.commands[verb]
+                given = command.make_context(verb, arguments).params
                 if verb == "train" and given["run"] in run_names():
                     TrainConfig.read(given["run"], given["settings"] or []).model_settings()
 

@@ -45,7 +45,9 @@ def _prepare(config: TrainConfig, model: ModelConfig, console: Console) -> Token
     else:
         console.print(f"training a byte-level BPE of {model.vocab_size:,} tokens on the data", highlight=False)
         tokenizer = Tokenizer.train(_texts(config.data, config.data_max_bytes), model.vocab_size)
-    console.print(f"making token shards in {config.out / TOKENS}", highlight=False, soft_wrap=True)
+    limit = config.data_max_bytes
+    most = "" if limit is None else f" of {limit:,} bytes of text at most (data_max_bytes)"
+    console.print(f"making token shards in {config.out / TOKENS}{most}", highlight=False, soft_wrap=True)
     return prepare(
         config.data, tokenizer, config.out / TOKENS, max_bytes=config.data_max_bytes, progress=console.is_terminal
     )

@@ -36,7 +36,7 @@ from abyssal.train.wrap import unwrapped
 # Settings that may change when a run is resumed: none alters the curve, or what they name is compared itself.
 FREE = {
     "log_every", "save_every", "keep_states", "out", "data", "tokenizer", "model", "model_overrides", "track",
-    "profile", "mesh", "reshard", "schedule", "graphs",
+    "profile", "mesh", "reshard", "schedule", "graphs", "recompute",
 }  # fmt: skip
 DATA_KEYS = ("source_sha256", "tokenizer_sha256", "validation", "shard_tokens", "seed")
 
@@ -259,8 +259,8 @@ class Trainer:
                 if before.get(key) != after.get(key) and not (group == "config" and key in FREE):
                     raise ConfigError(
                         f"{prefix}{key}: was {before.get(key)!r} and is {after.get(key)!r}; a run is resumed with "
-                        f"the settings it began with; only log_every, save_every, keep_states, graphs, mesh, "
-                        f"reshard, schedule and paths may change"
+                        f"the settings it began with; only log_every, save_every, keep_states, recompute, "
+                        f"graphs, mesh, reshard, schedule and paths may change"
                     )
         load_state(folder, self.model, self.optimizer, self._part)
         self.done, self.seconds = then["step"], then["seconds"]

@@ -150,7 +150,7 @@ def test_resumed_twice_in_one_process(make_config, quiet, tmp_path, monkeypatch,
     config = make_config(out=str(tmp_path / "parts"), **changes)
     for steps in (3, 6):
         run_until(config, quiet, monkeypatch, steps, resume=steps > 3)
-    again = TrainConfig.read(config.out, ["log_every=1", "keep_states=5"])
+    again = TrainConfig.read(config.out, ["log_every=1", "keep_states=5", "recompute=up"])
     result = train(again, resume=True, console=quiet)
     assert result.steps == 8
     assert curve(config.out) == curve(tmp_path / "whole")
