@@ -155,16 +155,19 @@ def study_prediction(settings: Settings, folder: Path, command: str = "", consol
 
 
 def _numbers_of(runs: Mapping[str, Sequence[Trained]], found: Sequence[Found]) -> Numbers:
-    def place(of: Mapping[str, Drafted], at: int) -> float:
-        return together(list(of.values())).rate(at)
+    def first(of: Mapping[str, Drafted]) -> float:
+        return together(list(of.values())).rate(0)
+
+    def second(of: Mapping[str, Drafted]) -> float:
+        return together(list(of.values())).following(1)
 
     return Numbers(
         bits={name: [run.bits_per_byte for run in of_seeds] for name, of_seeds in runs.items()},
-        accepted=[place(f.greedy["one", 1], 0) for f in found],
-        sampled=[place(f.sampled["one", 1], 0) for f in found],
+        accepted=[first(f.greedy["one", 1]) for f in found],
+        sampled=[first(f.sampled["one", 1]) for f in found],
         of_kind=[{kind: d.rate(0) for kind, d in f.greedy["one", 1].items()} for f in found],
-        second_chained=[place(f.greedy["one", 2], 1) for f in found],
-        second_own=[place(f.greedy["two", 2], 1) for f in found],
+        second_chained=[second(f.greedy["one", 2]) for f in found],
+        second_own=[second(f.greedy["two", 2]) for f in found],
         faster=[ratio(f.timed, min(t.batch for t in f.timed), 1) for f in found],
     )
 

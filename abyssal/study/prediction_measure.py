@@ -48,6 +48,10 @@ class Drafted(NamedTuple):
     def rate(self, place: int) -> float:
         return sum(self.accepted[place]) / max(sum(self.steps), 1)
 
+    def following(self, place: int) -> float:
+        """The share accepted at `place` of those whose draft before was; 0 where none was."""
+        return sum(self.accepted[place]) / max(sum(self.accepted[place - 1]), 1)
+
     @property
     def tokens_a_step(self) -> float:
         return 1 + sum(self.rate(place) for place in range(len(self.accepted)))

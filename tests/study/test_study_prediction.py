@@ -16,7 +16,7 @@ from abyssal.engine import LLM
 from abyssal.model.objective import Measured
 from abyssal.model.transformer import Transformer
 from abyssal.study.output import load
-from abyssal.study.prediction import Settings, _slower, study_prediction
+from abyssal.study.prediction import Settings, _numbers_of, _slower, study_prediction
 from abyssal.study.prediction_claims import Numbers, claims
 from abyssal.study.prediction_found import Found
 from abyssal.study.prediction_measure import Drafted, Read, generate, read, repeated, together
@@ -228,6 +228,31 @@ def test_verdicts_follow_the_numbers():
     assert good[faster] == good[much] == good["85% or more of the drafts are accepted"] == "shown"
     unlike = judged(of_kind=[{"a": 0.4, "b": 0.6}, {"a": 0.41, "b": 0.62}, {"a": 0.6, "b": 0.41}])
     assert unlike[kinds] == "NOT SO"
+
+
+def test_a_better_first_draft_is_no_better_second_one():
+    """Of 100 steps one module has 50 first drafts accepted, and of these 20 second ones; two have 80, and 32."""
+
+    def drafted(first: int, second: int) -> dict[str, Drafted]:
+        return {kind: Drafted([0, 50], [[0, first // 2], [0, second // 2]], 0.0, []) for kind in "ab"}
+
+    def found(seed: int, own: tuple[int, int]) -> Found:
+        one = drafted(50 + 2 * seed, 20 + 2 * seed)
+        greedy = {("one", 1): one, ("one", 2): one, ("two", 2): drafted(*own)}
+        return Found({}, greedy, greedy, 4, 4, [Timed(1, 0, 100.0, 1.0), Timed(1, 1, 80.0, 1.5)])
+
+    def verdict(*own: tuple[int, int]) -> str:
+        n = _numbers_of({}, [found(seed, pair) for seed, pair in enumerate(own)])
+        assert n.second_chained == [20 / 50, 22 / 52, 24 / 54]
+        assert n.second_own == [second / first for first, second in own]
+        said = claims(dataclasses.replace(n, bits=numbers().bits))
+        return next(c.verdict for c in said if "a second module drafts" in c.says)
+
+    assert (
+        verdict((80, 32), (82, 34), (84, 38)) == "not resolved"
+    )  # jointly 0.32 to 0.38 of all steps, not 0.20 to 0.24
+    assert verdict((50, 30), (52, 32), (54, 34)) == "shown"
+    assert Drafted([4], [[0], [0]], 0.0, []).following(1) == 0
 
 
 def test_the_result_says_all_claims_once_and_its_numbers_hold(result: Result, runs: dict[str, list[Trained]]):
