@@ -55,7 +55,7 @@ class Settings(Small):
     timed: int = 48
     batches: tuple[int, ...] = (1, 8)
 
-    LEAST: ClassVar = {**Small.LEAST, "sequence": 8, "layers": 2, "texts": 1, "prompt": 1, "generate": 4, "timed": 4}
+    LEAST: ClassVar = {**Small.LEAST, "sequence": 8, "layers": 2, "texts": 1, "prompt": 1, "generate": 5, "timed": 4}
     POSITIVE = ("weight", "lr")
 
     def __post_init__(self) -> None:

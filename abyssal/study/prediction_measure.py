@@ -91,8 +91,8 @@ def together(parts: Sequence[Drafted]) -> Drafted:
 def generate(
     llm: LLM, prompts: Mapping[str, Sequence[list[int]]], tokens: int, temperature: float, seed: int
 ) -> dict[str, Drafted]:
-    """Goes on from the prompts of each kind with as many `tokens`. A text's last step is not counted: its drafts may
-    reach beyond the end."""
+    """Goes on from the prompts of each kind with as many `tokens`. Counts the steps after which, had all their drafts
+    been accepted, the text would have gone on: which steps count must not hang on what became of their drafts."""
     kinds = [kind for kind, own in prompts.items() for _ in own]
     every = [prompt for own in prompts.values() for prompt in own]
     speculate = llm.drafts > 0  # left to it, the engine does not draft where a text is drawn with a seed
@@ -114,7 +114,9 @@ def generate(
         so_far[piece.index] += len(piece.tokens)
         if piece.output is not None:
             ended[piece.index] = piece.output.tokens
-        elif at:  # the first step has nothing to verify
+        # All drafts accepted, and a token of the model's own after them, make at + drafts + 1; a text that has `tokens`
+        # ends (`engine/sequence.py`, push). The first step has nothing to verify.
+        if at > 0 and at + llm.drafts + 1 < tokens:
             steps[kind][at] += 1
             for place in range(len(piece.tokens) - 1):
                 accepted[kind][place][at] += 1

@@ -2,7 +2,10 @@
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from typer.testing import CliRunner
 from abyssal import cli
 from abyssal.config import ModelConfig
 from abyssal.costs import inspect
-from abyssal.engine import LLM
+from abyssal.engine import LLM, Sampling
+from abyssal.engine.sequence import Sequence
 from abyssal.model.objective import Measured
 from abyssal.model.transformer import Transformer
 from abyssal.study.output import load
@@ -122,21 +126,56 @@ def test_what_is_read_is_so_position_by_position(model: Transformer, texts: Text
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_counted_drafts_are_the_engines_own(temperature: float, model: Transformer, texts: Texts):
+def test_counted_drafts_are_the_engines_own(
+    temperature: float, model: Transformer, texts: Texts, monkeypatch: pytest.MonkeyPatch
+):
+    """Each step as the engine takes it in, and its totals over all of them."""
+    taken: list[tuple[int, int, int]] = []  # tokens that stood already, drafts verified, and accepted
+    take = Sequence.take
+
+    def noted(s: Sequence, step: Any, now: float, drafted: bool) -> None:
+        if drafted:
+            taken.append((s.generated, len(step.verified), step.accepted))
+        take(s, step, now, drafted)
+
+    monkeypatch.setattr(Sequence, "take", noted)
     prompts = {kind: [b.tokens[:8].tolist() for b in batches[:2]] for kind, batches in texts.held_out.items()}
     llm = LLM(model, tokenizer=texts.tokenizer, max_batch=6, drafts=2, adapt=False, compiled=False, prefix_cache=False,
               max_context=32)  # fmt: skip
     found = generate(llm, prompts, 16, temperature, 3)
     every = together(list(found.values()))
     assert all(len(text) == 16 for text in every.tokens) and len(every.tokens) == 6
-    # A text's last step is the engine's alone, and so may its drafts be.
-    assert sum(every.steps) == llm.totals.drafted_at[0] - 6
-    for place in range(2):
-        apart = llm.totals.accepted_at[place] - sum(every.accepted[place])
-        assert 0 <= apart <= 6
+    assert len(taken) == llm.totals.drafted_at[0] and {verified for _, verified, _ in taken} == {2}
+    assert [sum(a > place for _, _, a in taken) for place in range(2)] == llm.totals.accepted_at
+    for at in range(16):
+        goes_on = [a for stood, _, a in taken if stood == at and at + 3 in range(16)]  # of 15 or fewer there is a next
+        assert every.steps[at] == len(goes_on)
+        assert [of_place[at] for of_place in every.accepted] == [sum(a > place for a in goes_on) for place in range(2)]
+    assert max(stood for stood, _, _ in taken) >= 13 > max(at for at, n in enumerate(every.steps) if n)
     assert sum(every.accepted[0]) >= sum(every.accepted[1]) and every.tokens_a_step >= 1
     assert generate(llm, prompts, 16, temperature, 3) == found  # drawn again with the same seeds
     assert sum(every.accepted[0]) > 0  # near-uniform distributions overlap, and greedy text is a loop
+
+
+def test_a_texts_end_does_not_change_the_share_accepted():
+    """Of an engine whose drafts are accepted as the bits of a text's number say: half of them, wherever they are."""
+    tokens = 6
+
+    class Even:
+        drafts = 1
+
+        def stream(self, prompts: list[list[int]], settings: list[Sampling]) -> Iterator[SimpleNamespace]:
+            for index in range(len(prompts)):
+                yield SimpleNamespace(index=index, tokens=[0], output=None)
+                made, bits = 1, index
+                while made < tokens:
+                    step = [0] * min(1 + bits % 2, tokens - made)
+                    made, bits = made + len(step), bits // 2
+                    output = SimpleNamespace(tokens=[0] * tokens) if made == tokens else None
+                    yield SimpleNamespace(index=index, tokens=step, output=output)
+
+    found = generate(Even(), {"a": [[1]] * 2 ** (tokens - 1)}, tokens, 0.0, 0)["a"]  # type: ignore[arg-type]
+    assert found.steps == [0, 32, 16, 24, 0, 0] and found.rate(0) == 0.5
 
 
 def test_greedy_drafts_are_those_that_the_modules_make_of_the_whole_text(runs: dict[str, list[Trained]], texts: Texts):
@@ -151,7 +190,7 @@ def test_greedy_drafts_are_those_that_the_modules_make_of_the_whole_text(runs: d
     steps, accepted, at = [0] * 16, [0] * 16, 1
     while True:
         right = drafted[len(prompt) + at - 2] == text[len(prompt) + at]
-        if at + 1 + right >= 16:
+        if at + 1 + 1 >= 16:  # whether it is right or not
             break
         steps[at], accepted[at] = 1, int(right)
         at += 1 + right
