@@ -27,7 +27,7 @@ from abyssal.study.attention_tables import heads_by_layer, papers, parameters, q
 from abyssal.study.balance_tables import texts_of
 from abyssal.study.claim import claim_by_claim
 from abyssal.study.result import Result, machine
-from abyssal.study.small import Small, unlearnt
+from abyssal.study.small import Small, spent, unlearnt
 from abyssal.study.texts import Texts
 from abyssal.study.trained import Trained, Variant
 
@@ -116,6 +116,7 @@ def study_attention(settings: Settings, folder: Path, command: str = "", console
     texts = settings.read_texts(folder, console)
     variants = [Variant(rung.name, rung.label, rung.model) for rung in rungs]
     runs = settings.train(variants, texts, folder, console)
+    began = time.perf_counter()
     labels = {rung.name: rung.label for rung in rungs} | {EXPANDED: "MLA, decoupled RoPE, expanded anew"}
     console.print("measuring heads, decoding and algebra")
     m = _measure(settings, rungs, runs, texts)
@@ -125,6 +126,23 @@ def study_attention(settings: Settings, folder: Path, command: str = "", console
     ]  # fmt: skip
     shape, prompt = Shape(settings.algebra_heads), settings.algebra_context // 8
     first = runs[rungs[0].name][0]
+    grids = (
+        papers(),
+        quality(rungs, runs, m.heads, m.points),
+        claim_by_claim(said, NOTE),
+        parameters(rungs),
+        decoding_grid(m.points, labels),
+        recomputed(m.again, m.points["coupled"], m.points["mla"]),
+        algebra_grid(m.ways, shape, settings.algebra_context, prompt, m.model_apart),
+        heads_by_layer(rungs, m.heads, m.untrained),
+        texts_of(texts, _source(settings)),
+    )
+    drawn = (
+        ladder_picture(rungs, runs, m.points, labels),
+        algebra_picture(m.again, m.points["coupled"], m.ways),
+        heads_picture(rungs, m.heads),
+    )
+    seconds = spent(runs, began)
     return Result(
         name="attention",
         title="Attention: the ladder from MHA to MLA, and its algebra",
@@ -132,25 +150,11 @@ def study_attention(settings: Settings, folder: Path, command: str = "", console
         shown=tuple(claim.sentence() for claim in said if claim.holds),
         not_shown=(*(claim.sentence() for claim in said if not claim.holds), *_limits(settings, first)),
         command=command,
-        grids=(
-            papers(),
-            quality(rungs, runs, m.heads, m.points),
-            claim_by_claim(said, NOTE),
-            parameters(rungs),
-            decoding_grid(m.points, labels),
-            recomputed(m.again, m.points["coupled"], m.points["mla"]),
-            algebra_grid(m.ways, shape, settings.algebra_context, prompt, m.model_apart),
-            heads_by_layer(rungs, m.heads, m.untrained),
-            texts_of(texts, _source(settings)),
-        ),
-        pictures=(
-            ladder_picture(rungs, runs, m.points, labels),
-            algebra_picture(m.again, m.points["coupled"], m.ways),
-            heads_picture(rungs, m.heads),
-        ),
+        grids=grids,
+        pictures=drawn,
         numbers=_numbers(settings, rungs, runs, texts, m, said),
         seeds=tuple(range(settings.seeds)),
-        seconds=m.seconds + sum(run.seconds for of_seeds in runs.values() for run in of_seeds),
+        seconds=seconds,
         machine=machine(device),
     )
 

@@ -3,6 +3,7 @@
 DeepSeek-V3, sections 2.1.2, 4.5.2 and 4.5.3; Wang et al. 2024.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from abyssal.study.balance_pictures import curves, heat, smoothed
 from abyssal.study.balance_tables import by_kind, by_layer, papers, table, texts_of
 from abyssal.study.claim import claim_by_claim
 from abyssal.study.result import Result, machine
-from abyssal.study.small import Small, unlearnt
+from abyssal.study.small import Small, spent, unlearnt
 from abyssal.study.texts import source_of
 from abyssal.study.trained import Trained, Variant
 
@@ -91,10 +92,21 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
     device = str(settings.trains_on())
     texts = settings.read_texts(folder, console)
     runs = settings.train(variants, texts, folder, console)
+    began = time.perf_counter()
     found = {name: [measured(run) for run in of_seeds] for name, of_seeds in runs.items()}
     labels = {variant.name: variant.label for variant in variants}
     said, first = claims(found, labels), runs["none"][0]
     dense = variants[0].model.first_k_dense_replace
+    grids = (
+        papers(),
+        table(runs, found, labels),
+        claim_by_claim(said, NOTE),
+        by_layer(found, labels, dense),
+        by_kind(runs, labels, texts.kinds),
+        texts_of(texts, source_of(settings.data)),
+    )
+    drawn = (curves(runs, labels), heat(found, labels, texts.kinds, dense))
+    seconds = spent(runs, began)
     return Result(
         name="balance",
         title="Balance: what keeps the experts busy, and what it costs",
@@ -102,15 +114,8 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
         shown=tuple(claim.sentence() for claim in said if claim.holds),
         not_shown=(*(claim.sentence() for claim in said if not claim.holds), *_limits(settings, first)),
         command=command,
-        grids=(
-            papers(),
-            table(runs, found, labels),
-            claim_by_claim(said, NOTE),
-            by_layer(found, labels, dense),
-            by_kind(runs, labels, texts.kinds),
-            texts_of(texts, source_of(settings.data)),
-        ),
-        pictures=(curves(runs, labels), heat(found, labels, texts.kinds, dense)),
+        grids=grids,
+        pictures=drawn,
         numbers={
             "settings": settings.plain(),
             "parameters": first.parameters,
@@ -127,7 +132,7 @@ def study_balance(settings: Settings, folder: Path, command: str = "", console: 
             },
         },
         seeds=tuple(range(settings.seeds)),
-        seconds=sum(run.seconds for of_seeds in runs.values() for run in of_seeds),
+        seconds=seconds,
         machine=machine(device),
     )
 

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +57,8 @@ class Study:
     def made_by(self) -> dict[str, Any]:
         """What a result hangs on, as JSON has it."""
         settings = json.loads(json.dumps(dataclasses.asdict(self.settings), default=str))
-        return {"settings": settings, "code": code_digest(), "torch": str(torch.__version__)}
+        versions = {"torch": str(torch.__version__), "python": platform.python_version()}
+        return {"settings": settings, "code": code_digest(), **versions}
 
 
 def studies(quick: bool) -> list[Study]:
@@ -104,13 +106,15 @@ def run_all(
             continue
         other = ", in place of one of other settings or other code" if (out / f"{study.name}.json").exists() else ""
         _tell(console, f"{title}{other}{progress.left()}")
+        began = time.perf_counter()
         try:
             result = study.run(work / f"study-{study.name}", alone(study, quick), console)
             save(result, out)
-            _note(out, study)
-            _tell(console, f"{title}: {duration(result.seconds)}")
+            seconds = time.perf_counter() - began
+            _note(out, study, seconds)
+            _tell(console, f"{title}: {duration(seconds)}")
         except KeyboardInterrupt:
-            write_index(every, out, failed)
+            write_index(every, out, failed, console)
             there = sum(kept(out, own) is not None for own in wanted)
             _tell(console, f"{there} of {len(wanted)} studies are kept in {out}: the same command goes on")
             raise
@@ -120,7 +124,8 @@ def run_all(
                 traceback.print_exc()
             _tell(console, f"{title}: FAILED: {failed[study.name]}", "red")
         progress.done(study.work)
-    write_index(every, out, failed)
+    write_index(every, out, failed, console)
+    _tell(console, f"all: {progress.spent()}")
     return failed
 
 
@@ -129,10 +134,15 @@ def alone(study: Study, quick: bool) -> str:
     return f"abyssal study {study.name}{' --quick' if quick else ''}"
 
 
-def write_index(every: Sequence[Study], out: Path, failed: Mapping[str, str]) -> Path:
-    """One page of all the studies that the folder has with these settings."""
-    found = [kept(out, study) for study in every if study.name not in failed]
-    results = [result for result in found if result is not None]
+def write_index(every: Sequence[Study], out: Path, failed: Mapping[str, str], console: Console) -> Path:
+    """One page of all the studies that the folder has, made with these settings by this code. Tells which others it
+    has: they are left off the page."""
+    found = {study.name: kept(out, study) for study in every if study.name not in failed}
+    others = [name for name, result in found.items() if result is None and (out / f"{name}.json").exists()]
+    if others:
+        told = f"left off the page: {', '.join(others)}, which {out} has of other settings or other code"
+        _tell(console, told, "yellow")
+    results = [result for result in found.values() if result is not None]
     write_file(out / INDEX, page(results, TITLE, failed).encode())
     return out / INDEX
 
@@ -151,8 +161,9 @@ def kept(out: Path, study: Study) -> Result | None:
         return None
 
 
-def _note(out: Path, study: Study) -> None:
-    made = {"made_by": study.made_by(), "sha256": _digest(out / f"{study.name}.json")}
+def _note(out: Path, study: Study, seconds: float) -> None:
+    """`seconds`: what the command took for it. A result has what it takes where nothing is trained yet."""
+    made = {"made_by": study.made_by(), "sha256": _digest(out / f"{study.name}.json"), "seconds": seconds}
     records = {**_records(out), study.name: made}
     write_file(out / RECORD, (json.dumps(records, indent=1) + "\n").encode())
 
@@ -183,6 +194,9 @@ class _Progress:
 
     def done(self, work: float) -> None:
         self.made += work
+
+    def spent(self) -> str:
+        return duration(time.perf_counter() - self.began)
 
     def left(self) -> str:
         if self.made < KNOWN * self.total or not self.made:

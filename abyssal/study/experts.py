@@ -30,7 +30,7 @@ from abyssal.study.experts_tables import (
 )
 from abyssal.study.experts_tokens import Taker
 from abyssal.study.result import Result, machine
-from abyssal.study.small import Small, unlearnt
+from abyssal.study.small import Small, spent, unlearnt
 from abyssal.study.texts import source_of
 from abyssal.study.trained import Trained, Variant
 
@@ -125,7 +125,7 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
     device = str(settings.trains_on())
     texts = settings.read_texts(folder, console)
     runs = settings.train(variants, texts, folder, console)
-    start = time.perf_counter()
+    began = time.perf_counter()
     measurer = Measurer(texts, settings.levels(), settings.parts, settings.vocab, device)
     found: dict[str, list[Found]] = {}
     for shape in all_shapes:
@@ -133,12 +133,27 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
             console.print(f"measuring {shape.label}", highlight=False)
             found[shape.name] = [measurer.found(run, shape) for run in runs[shape.name]]
     told = {name: measurer.takers(runs[name][0]) for name in TOLD}
-    measuring = time.perf_counter() - start
     labels = {shape.name: shape.label for shape in all_shapes}
     bits = {name: [run.bits_per_byte for run in of_seeds] for name, of_seeds in runs.items()}
     said, first = claims(bits, found, labels), runs["few"][0]
     masked = {shape.name: measurer.masked(shape) for shape in all_shapes if shape.name in found}
     held_out = sum(len(batch.tokens) for batch in measurer.batches)
+    grids = (
+        papers(),
+        sizes(all_shapes, counts),
+        table(all_shapes, runs, found),
+        claim_by_claim(said),
+        by_kind(all_shapes, runs, texts.kinds),
+        disabled(all_shapes, found, masked, settings.experts),
+        alikeness(all_shapes, found, 0, held_out),
+        *(tokens(shape, told[shape.name]) for shape in all_shapes if shape.name in told),
+        texts_of(texts, source_of(settings.data)),
+    )
+    drawn = (
+        outcome(all_shapes, runs, found, settings.levels(), settings.experts),
+        heat(all_shapes, found, texts.kinds, 0),
+    )
+    seconds = spent(runs, began)
     return Result(
         name="experts",
         title="Experts: few large ones or many small ones, and a shared one",
@@ -146,21 +161,8 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
         shown=tuple(claim.sentence() for claim in said if claim.holds),
         not_shown=(*(claim.sentence() for claim in said if not claim.holds), *_limits(settings, first)),
         command=command,
-        grids=(
-            papers(),
-            sizes(all_shapes, counts),
-            table(all_shapes, runs, found),
-            claim_by_claim(said),
-            by_kind(all_shapes, runs, texts.kinds),
-            disabled(all_shapes, found, masked, settings.experts),
-            alikeness(all_shapes, found, 0, held_out),
-            *(tokens(shape, told[shape.name]) for shape in all_shapes if shape.name in told),
-            texts_of(texts, source_of(settings.data)),
-        ),
-        pictures=(
-            outcome(all_shapes, runs, found, settings.levels(), settings.experts),
-            heat(all_shapes, found, texts.kinds, 0),
-        ),
+        grids=grids,
+        pictures=drawn,
         numbers={
             "settings": settings.plain(),
             "tokens": first.tokens,
@@ -181,7 +183,7 @@ def study_experts(settings: Settings, folder: Path, command: str = "", console: 
             "takers": {name: [_takers(of_layer) for of_layer in layers] for name, layers in told.items()},
         },
         seeds=tuple(range(settings.seeds)),
-        seconds=sum(run.seconds for of_seeds in runs.values() for run in of_seeds) + measuring,
+        seconds=seconds,
         machine=machine(device),
     )
 

@@ -26,7 +26,7 @@ from abyssal.study.positions_claims import NOTE, claims
 from abyssal.study.positions_encodings import Products, encoding, placed_scores, products
 from abyssal.study.positions_measure import ROTARY, Found, factors, measured, with_yarn
 from abyssal.study.result import Result, machine
-from abyssal.study.small import Small, losses
+from abyssal.study.small import Small, losses, spent
 from abyssal.study.spread import Spread
 from abyssal.study.texts import Texts
 from abyssal.study.trained import Trained, Variant
@@ -126,11 +126,27 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
     scores = {x: placed_scores(runs[x][0].model().float(), pieces, settings.longest) for x in ROTARY}
     rows = _encodings(settings)
     alike = {name: products(x) for name, x in rows.items()}
-    spent = time.perf_counter() - began
     labels = {variant.name: variant.label for variant in variants}
     said = claims(found, length)
     parameters = {name: of_seeds[0].parameters for name, of_seeds in runs.items()}
     added, rotated = ({n: p for n, p in alike.items() if ("RoPE" in n) == turned} for turned in (False, True))
+    grids = (
+        *tables.within(found, sizes, labels, length),
+        tables.beyond(found, sizes, labels, length),
+        claim_by_claim(said, NOTE),
+        tables.norms(found, labels, length),
+        tables.distances(rows, alike, (1, length // 8, length // 2, length, 2 * length - 2)),
+        tables.moved(found, labels, length),
+        tables.models(variants, parameters),
+        texts_of(longer, f"Held-out texts of {settings.longest} tokens; none stands in what is trained on."),
+    )
+    drawn = (
+        pictures.losses(found, labels, length),
+        pictures.encodings(rows, length),
+        pictures.norms(found, labels, length),
+        pictures.dots(added, rotated, scores, length, labels),
+    )
+    seconds = spent(runs, began)
     return Result(
         name="positions",
         title="Positions: how a token learns its place, and how far that reaches",
@@ -138,22 +154,8 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
         shown=(*_facts(found, alike, parameters, length), *(claim.sentence() for claim in said if claim.holds)),
         not_shown=(*(claim.sentence() for claim in said if not claim.holds), *_limits(settings, runs, pieces)),
         command=command,
-        grids=(
-            *tables.within(found, sizes, labels, length),
-            tables.beyond(found, sizes, labels, length),
-            claim_by_claim(said, NOTE),
-            tables.norms(found, labels, length),
-            tables.distances(rows, alike, (1, length // 8, length // 2, length, 2 * length - 2)),
-            tables.moved(found, labels, length),
-            tables.models(variants, parameters),
-            texts_of(longer, f"Held-out texts of {settings.longest} tokens; none stands in what is trained on."),
-        ),
-        pictures=(
-            pictures.losses(found, labels, length),
-            pictures.encodings(rows, length),
-            pictures.norms(found, labels, length),
-            pictures.dots(added, rotated, scores, length, labels),
-        ),
+        grids=grids,
+        pictures=drawn,
         numbers={
             "settings": settings.plain(),
             "parameters": parameters,
@@ -169,7 +171,7 @@ def study_positions(settings: Settings, folder: Path, command: str = "", console
             },
         },
         seeds=tuple(range(settings.seeds)),
-        seconds=spent + sum(run.seconds for of_seeds in runs.values() for run in of_seeds),
+        seconds=seconds,
         machine=machine(str(device)),
     )
 

@@ -20,7 +20,7 @@ from abyssal.study.prediction_pictures import acceptance, gains
 from abyssal.study.prediction_speed import cost, module_share
 from abyssal.study.prediction_tables import arithmetic, by_kind, drafts, papers, speed, table
 from abyssal.study.result import Result, machine
-from abyssal.study.small import Small, unlearnt
+from abyssal.study.small import Small, spent, unlearnt
 from abyssal.study.trained import Trained, Variant
 
 CLAIM = (
@@ -111,10 +111,23 @@ def study_prediction(settings: Settings, folder: Path, command: str = "", consol
     for seed in range(settings.seeds):
         console.print(f"drafting with the models of seed {seed}")
         found.append(find(settings, {name: of_seeds[seed] for name, of_seeds in runs.items()}, texts, device))
-    seconds = time.perf_counter() - began + sum(run.seconds for of_seeds in runs.values() for run in of_seeds)
     labels = {variant.name: variant.label for variant in variants}
     said = claims(_numbers_of(runs, found))
     context = settings.prompt + settings.timed // 2
+    grids = (
+        papers(),
+        table(runs, found, labels),
+        claim_by_claim(said, NOTE),
+        drafts(found, labels),
+        by_kind(found, texts.kinds),
+        speed([f.timed for f in found]),
+        arithmetic([f.timed for f in found], variants[1].model, context),
+    )
+    drawn = (
+        acceptance(runs, found, labels, settings.prompt),
+        gains([f.timed for f in found], variants[1].model, context),
+    )
+    seconds = spent(runs, began)
     return Result(
         name="prediction",
         title="Prediction: what a second token is good for",
@@ -125,19 +138,8 @@ def study_prediction(settings: Settings, folder: Path, command: str = "", consol
             *_slower(found), *_limits(settings, runs["none"][0], found),
         ),
         command=command,
-        grids=(
-            papers(),
-            table(runs, found, labels),
-            claim_by_claim(said, NOTE),
-            drafts(found, labels),
-            by_kind(found, texts.kinds),
-            speed([f.timed for f in found]),
-            arithmetic([f.timed for f in found], variants[1].model, context),
-        ),
-        pictures=(
-            acceptance(runs, found, labels, settings.prompt),
-            gains([f.timed for f in found], variants[1].model, context),
-        ),
+        grids=grids,
+        pictures=drawn,
         numbers={
             "settings": settings.plain(),
             "tokens": runs["none"][0].tokens,

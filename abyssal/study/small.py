@@ -1,6 +1,7 @@
 """What the studies that train small models have in common: their settings, checked, and how they are trained."""
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,12 @@ class Small:
     def plain(self) -> dict[str, Any]:
         """For JSON."""
         return {**dataclasses.asdict(self), "data": self.data and str(self.data)}
+
+
+def spent(runs: Mapping[str, Sequence[Trained]], began: float) -> float:
+    """Seconds of the clock that a study is made of: training all its runs, those that were there already too, and what
+    was measured and drawn since `began`, when they were trained or read. Reading texts is left out."""
+    return sum(run.seconds for of_seeds in runs.values() for run in of_seeds) + time.perf_counter() - began
 
 
 def losses(run: Trained) -> tuple[float, float]:

@@ -20,6 +20,7 @@ import torch
 
 from abyssal.data import Batch, Tokenizer, TokenSet, documents, prepare
 from abyssal.files import write_file
+from abyssal.source import code_digest
 
 LITERALS, LETTERS = 32, 40  # a table has so many at least, none longer
 SHORTEST = 64  # bytes of a document that is kept
@@ -196,7 +197,7 @@ def _chunks(texts: list[str], tokenizer: Tokenizer, sequence: int, known: str) -
 
 
 def _key(data: Path | None, most: int, vocab_size: int) -> str:
-    """Names what texts are made of, so that other settings make other ones."""
+    """Names what texts are made of, so that other settings, or other code that makes them, make other ones."""
     parts: list[object] = [
         LITERALS,
         LETTERS,
@@ -207,6 +208,7 @@ def _key(data: Path | None, most: int, vocab_size: int) -> str:
         most,
         vocab_size,
         platform.python_version(),
+        code_digest("data", "study/texts.py"),
     ]
     if data is None:
         parts.append(sysconfig.get_paths()["stdlib"])

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import platform
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -92,6 +94,26 @@ def test_all_are_run_in_order_saved_and_put_on_one_page(tmp_path: Path):
     assert "study 1 of 2, a; the time left is not known yet" in told and re.search(r"2 of 2, b; about \d+ s left", told)
 
 
+def test_the_clocks_time_of_the_command_is_told_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Not what a result says, which counts training of before."""
+    now = [0.0]
+
+    def work() -> None:
+        now[0] += 1200.0
+
+    monkeypatch.setattr(everything.time, "perf_counter", lambda: now[0])
+    every = [study("a", [], fail=work), study("b", [], fail=work)]
+    _, told = run(every, tmp_path)
+    assert "study 1 of 2, a: 20 min" in told and "all: 40 min" in told
+    records = json.loads((tmp_path / RECORD).read_text())
+    assert [records[name]["seconds"] for name in "ab"] == [1200.0, 1200.0]
+    records["a"]["seconds"] = 1.0
+    del records["b"]["seconds"]
+    (tmp_path / RECORD).write_text(json.dumps(records))
+    assert all(kept(tmp_path, own) is not None for own in every)
+    assert "all: 0 s" in run(every, tmp_path)[1]
+
+
 def test_what_is_there_with_the_same_settings_is_not_made_again(tmp_path: Path):
     ran: list[str] = []
     out = tmp_path / "out"
@@ -117,6 +139,27 @@ def test_other_code_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert kept(tmp_path, study("a", ran)) is None
     run([study("a", ran)], tmp_path)
     assert len(ran) == 2
+
+
+def test_another_python_makes_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ran: list[str] = []
+    run([study("a", ran)], tmp_path)
+    made_by = json.loads((tmp_path / RECORD).read_text())["a"]["made_by"]
+    assert made_by["python"] == platform.python_version() and made_by["torch"] == torch.__version__
+    monkeypatch.setattr(everything.platform, "python_version", lambda: "2.7")
+    assert kept(tmp_path, study("a", ran)) is None
+
+
+def test_what_is_left_off_the_page_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    every = [study(name, []) for name in "abc"]
+    assert "left off" not in run(every, tmp_path, "a,b")[1]
+    monkeypatch.setattr(everything, "code_digest", lambda: "other")
+    _, told = run(every, tmp_path, "c")
+    assert f"left off the page: a, b, which {tmp_path} has of other settings or other code" in told
+    html = (tmp_path / INDEX).read_text("utf-8")
+    assert 'id="c"' in html and 'id="a"' not in html
+    assert "left off the page: b, which" in run(every, tmp_path, "a")[1]
+    assert "left off" not in run(every, tmp_path, "b")[1]
 
 
 def test_a_study_that_fails_is_named_and_the_others_go_on(tmp_path: Path):

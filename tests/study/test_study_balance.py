@@ -5,7 +5,10 @@ import json
 import math
 import random
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,11 +23,13 @@ from abyssal.study import trained
 from abyssal.study.balance import Settings, study_balance
 from abyssal.study.balance_claims import claims
 from abyssal.study.balance_measure import Found, measured
-from abyssal.study.balance_pictures import smoothed
+from abyssal.study.balance_pictures import heat, smoothed
+from abyssal.study.balance_tables import by_layer
 from abyssal.study.output import load
 from abyssal.study.result import Result
+from abyssal.study.small import spent
 from abyssal.study.specialise import by_chance, loads, mutual_information
-from abyssal.study.texts import Texts, library_texts, open_texts
+from abyssal.study.texts import Texts, _key, library_texts, open_texts
 from abyssal.study.trained import Plan, Trained, train_all
 from abyssal.train.trainer import Trainer
 
@@ -52,6 +57,41 @@ def plan_of(chosen: Settings, folder: Path, *names: str) -> Plan:
 def runs(result: Result, work: Path) -> dict[str, list[Trained]]:
     """Those that the study made, read back."""
     return train_all(plan_of(QUICK, work), SILENT)
+
+
+def test_seconds_are_of_all_runs_and_of_what_came_after_them(
+    result: Result, work: Path, runs: dict[str, list[Trained]], monkeypatch: pytest.MonkeyPatch
+):
+    """Of runs that were there already too, and of pictures; not of reading texts."""
+    trained_in = sum(run.seconds for of_seeds in runs.values() for run in of_seeds)
+    assert trained_in < result.seconds
+    assert trained_in + 100 <= spent(runs, time.perf_counter() - 100) < trained_in + 101
+    clock, late = time.perf_counter, [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + late[0])
+
+    def slow(how: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+        def made(*of: Any, **more: Any) -> Any:
+            late[0] += seconds
+            return how(*of, **more)
+
+        return made
+
+    monkeypatch.setattr("abyssal.study.balance.heat", slow(heat, 1000.0))
+    monkeypatch.setattr("abyssal.study.balance.by_layer", slow(by_layer, 2000.0))
+    monkeypatch.setattr("abyssal.study.balance.measured", slow(measured, 10_000.0 / sum(map(len, runs.values()))))
+    monkeypatch.setattr("abyssal.study.small.open_texts", slow(open_texts, 100_000.0))
+    again = study_balance(QUICK, work, "", SILENT)
+    assert trained_in + 13_000 < again.seconds < trained_in + 13_000 + 100
+
+
+def test_other_code_makes_other_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for kind in ("a", "b"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / f"{kind}.txt").write_text(kind)
+    made = _key(tmp_path / "data", 8_000, 300)
+    assert _key(tmp_path / "data", 8_000, 300) == made != _key(tmp_path / "data", 8_001, 300)
+    monkeypatch.setattr("abyssal.study.texts.code_digest", lambda *parts: f"other {parts}")
+    assert _key(tmp_path / "data", 8_000, 300) != made
 
 
 def hand_violation(counts: list[int]) -> float:
@@ -280,7 +320,6 @@ def test_the_result_says_all_claims_once_and_its_size(result: Result, runs: dict
         assert claim["numbers"]["difference"] == pytest.approx(sum(apart) / len(apart))
     assert f"{QUICK.steps * QUICK.batch:,} tokens" in told and "were not searched for" in told
     assert "fell from" in told  # so short a run has learnt nothing, and it says so
-    assert result.seconds == pytest.approx(sum(run.seconds for x in runs.values() for run in x))
     for name, of_seeds in runs.items():
         assert [measured(run).information for run in of_seeds] == pytest.approx(
             [r["information"] for r in result.numbers["variants"][name]["runs"]]
