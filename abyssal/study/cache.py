@@ -10,6 +10,7 @@ from typing import Any
 
 from abyssal.config import ModelConfig
 from abyssal.files import model_folder
+from abyssal.study.cache_claims import claims
 from abyssal.study.cache_fit import Fit, Weights, fit, size, weights
 from abyssal.study.cache_kinds import Kind, equal_groups, kinds, packs
 from abyssal.study.cache_measure import Measured, measure, measure_engine
@@ -85,17 +86,19 @@ def study_cache(settings: Settings, command: str = "", say: Callable[[str], None
     for m in models:
         grids += [_counts(m), *_fits(m, settings), _measurements(m)]
         pictures.append(picture(m.name, m.kinds, size(settings.memory), m.weights.bytes))
+    told = claims(said, [x for m in models for x in m.measured])
     return Result(
         name="cache",
         title="The cache: what a token leaves behind",
         claim=CLAIM,
-        shown=_shown(said, models),
-        not_shown=_not_shown(models),
+        shown=(*(claim.sentence() for claim in told if claim.holds), *_keeps(models)),
+        not_shown=(*(claim.sentence() for claim in told if not claim.holds), *_limits(models)),
         command=command,
         grids=tuple(grids),
         pictures=tuple(pictures),
         numbers={
             "memory": size(settings.memory),
+            "claims": [claim.plain() for claim in told],
             "papers": [{**row._asdict(), "agrees": row.agrees} for row in said],
             "models": {m.name: _numbers(m) for m in models},
         },
@@ -198,20 +201,15 @@ def _measurements(m: _Model) -> Grid:
 # ---- what it shows ------------------------------------------------------------------------------------------------
 
 
-def _shown(said: Sequence[Row], models: Sequence[_Model]) -> tuple[str, ...]:
-    agree = sum(row.agrees for row in said)
-    lines = [f"{agree} of {len(said)} figures that the papers print or imply come out to the digit."]
-    lines += [f"NOT SO: {r.where}: {r.what}: it says {r.said}, counted {r.counted}." for r in said if not r.agrees]
-    measured = [x for m in models for x in m.measured]
-    exact = sum(x.exact for x in measured)
-    lines.append(f"{exact} of {len(measured)} caches that were allocated and written have the bytes predicted.")
+def _keeps(models: Sequence[_Model]) -> tuple[str, ...]:
+    lines = []
     for m in models:
         ratio = m.kinds[1].bytes() / m.kinds[0].bytes()
         lines.append(f"{m.name} keeps {m.kinds[0].bytes():,} bytes a token; MHA would keep {ratio:.1f} times as much.")
     return tuple(lines)
 
 
-def _not_shown(models: Sequence[_Model]) -> tuple[str, ...]:
+def _limits(models: Sequence[_Model]) -> tuple[str, ...]:
     lines = [
         "That attention is as good with the smaller cache: that takes training. No figure here is a quality or a speed."
     ]

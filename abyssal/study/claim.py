@@ -10,7 +10,8 @@ from abyssal.study.spread import Difference
 SHOWN, OPEN, REFUTED, REVERSED = "shown", "not resolved", "NOT SO", "NOT SO: the reverse"
 PAIRED = (
     "Differences between runs of the same seed, mean ± half the 95% interval (Student's, over the seeds): one that is "
-    "within it is not resolved, which is no proof that there is none."
+    "within it is not resolved, which is no proof that there is none. Where there is nothing to find, chance alone "
+    "would still resolve about one in twenty of such claims."
 )
 
 

@@ -37,7 +37,8 @@ def _navigation(results: Sequence[Result]) -> str:
 
 
 def _overview(results: Sequence[Result], failed: Mapping[str, str]) -> str:
-    said = {r.name: counted(verdicts(r)) for r in results}
+    every_claim = {r.name: verdicts(r) for r in results}
+    said = {name: counted(own) for name, own in every_claim.items()}
     rows = "".join(
         f'<tr><td class="word"><a href="#{escape(r.name)}">{escape(r.title)}</a></td>{_counts(said[r.name])}'
         f"<td>{len(r.seeds)}</td><td>{duration(r.seconds)}</td></tr>\n"
@@ -58,10 +59,22 @@ def _overview(results: Sequence[Result], failed: Mapping[str, str]) -> str:
     head = f'<tr><th class="word">study</th>{kinds}<th>seeds</th><th>took</th></tr>'
     note = "Claims. Shown: the runs below bear it out, and chance is an unlikely cause. Not resolved: they are too "
     note += "few, or too small, to tell. Not so: they say otherwise, at this size. "
+    note += _by_chance(sum(verdict.by_interval for own in every_claim.values() for verdict in own))
     note += f"Made on {escape('; '.join(machines))}." if machines else ""
     return (
         f'<section id="studies"><div class="scroll"><table><thead>{head}</thead><tbody>{rows}{total}</tbody></table>'
         f'</div><p class="note">{note}</p></section>\n{_claims(results)}'
+    )
+
+
+def _by_chance(intervals: int) -> str:
+    """How many claims of those judged by an interval chance alone would resolve."""
+    if not intervals:
+        return ""
+    most = f"about {0.05 * intervals:.0f}" if 0.05 * intervals >= 1 else "fewer than one"
+    return (
+        f"{intervals} claim{'s are' if intervals > 1 else ' is'} judged by 95% intervals: were there nothing to find, "
+        f"chance alone would resolve {most} of them, as shown or as not so. "
     )
 
 
@@ -73,7 +86,7 @@ def _claims(results: Sequence[Result]) -> str:
         for i, verdict in enumerate(said):
             link = f'<a href="#{escape(r.name)}">{escape(r.name)}</a>'
             name = f'<td class="word" rowspan="{len(said)}">{link}</td>' if i == 0 else ""
-            where = f'<span class="where"> {escape(verdict.where)}</span>' if verdict.where else ""
+            where = f'<span class="where"> {escape(verdict.where)}</span>'
             first = ' class="first"' if i == 0 else ""
             rows += f'<tr{first}>{name}<td class="word">{escape(verdict.says)}{where}</td>'
             rows += f'<td class="word verdict">{_mark(verdict.kind, verdict.verdict)}</td></tr>\n'

@@ -12,8 +12,9 @@ class Verdict(NamedTuple):
     """One claim of one study."""
 
     says: str
-    where: str  # paper and section, or that it is asked here; empty where the sentence says it
+    where: str  # paper and section, or that it is asked here
     verdict: str  # as the study words it
+    by_interval: bool  # judged by the interval of a difference over the seeds
 
     @property
     def kind(self) -> str:
@@ -23,10 +24,8 @@ class Verdict(NamedTuple):
 
 
 def verdicts(result: Result) -> list[Verdict]:
-    """The study's own claims, `numbers["claims"]`; where it has none each sentence of what is shown is one."""
-    if "claims" in result.numbers:
-        return [Verdict(c["says"], c["where"], c["verdict"]) for c in result.numbers["claims"]]
-    return [Verdict(line, "", "NOT SO" if line.startswith("NOT SO") else SHOWN) for line in result.shown]
+    """The study's own claims, `numbers["claims"]`."""
+    return [Verdict(c["says"], c["where"], c["verdict"], "margin" in c["numbers"]) for c in result.numbers["claims"]]
 
 
 def counted(said: list[Verdict]) -> dict[str, int]:

@@ -34,9 +34,9 @@ class Size:
 
 def made(name: str, command: str = "", **changes: object) -> Result:
     claims = [
-        {"says": "It <holds>", "where": "Paper, section 1", "verdict": "shown"},
-        {"says": "It is open", "where": "Paper, section 2", "verdict": "not resolved"},
-        {"says": "It is wrong", "where": "Paper, section 3", "verdict": "NOT SO: the reverse"},
+        {"says": "It <holds>", "where": "Paper, section 1", "verdict": "shown", "numbers": {"margin": 0.1}},
+        {"says": "It is open", "where": "Paper, section 2", "verdict": "not resolved", "numbers": {"margin": 0.1}},
+        {"says": "It is wrong", "where": "Paper, section 3", "verdict": "NOT SO: the reverse", "numbers": {"agree": 1}},
     ]
     fields: dict[str, object] = {
         "name": name, "title": f"The study of {name}", "claim": "They say so.", "shown": ("It <holds>.",),
@@ -215,10 +215,14 @@ def test_a_record_that_is_not_json_is_named(tmp_path: Path):
 
 
 def test_the_page_begins_with_every_claim_and_what_became_of_it():
-    plain = made("plain", numbers={}, shown=("Ten figures agree.", "NOT SO: one does not."))
+    own = [
+        {"says": says, "where": "Paper", "verdict": verdict, "numbers": {}}
+        for says, verdict in (("Ten figures agree.", "shown"), ("So does one.", "NOT SO"))
+    ]
+    plain = made("plain", numbers={"claims": own})
     html = page([made("one"), plain], "All", {"gone": "OSError: full"})
     first = html[: html.index('<section id="one">')]
-    for said in ("It &lt;holds&gt;", "It is open", "It is wrong", "Ten figures agree.", "NOT SO: one does not."):
+    for said in ("It &lt;holds&gt;", "It is open", "It is wrong", "Ten figures agree.", "So does one."):
         assert said in first
     each = first[first.index('id="claims"') :]
     assert each.count("✓ shown") == 2 and each.count("? not resolved") == 1
@@ -231,6 +235,15 @@ def test_the_page_begins_with_every_claim_and_what_became_of_it():
     assert "failed</b> OSError: full" in first
     assert counted(verdicts(made("one"))) == {"shown": 1, "not resolved": 1, "not so": 1}
     assert counted(verdicts(plain)) == {"shown": 1, "not resolved": 0, "not so": 1}
+
+
+def test_the_page_says_how_many_claims_chance_would_resolve():
+    """Of those judged by an interval: two of each study here."""
+    told = "claims are judged by 95% intervals: were there nothing to find, chance alone would resolve"
+    many = page([made(f"s{i}") for i in range(28)], "All")
+    assert f"56 {told} about 3 of them" in many[: many.index('<section id="claims">')]
+    assert f"4 {told} fewer than one of them" in page([made("one"), made("two")], "All")
+    assert "chance alone" not in page([made(name, numbers={"claims": []}) for name in ("one", "two")], "All")
 
 
 def test_every_link_leads_somewhere():

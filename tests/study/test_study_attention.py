@@ -377,7 +377,7 @@ def test_the_numbers_are_those_of_the_runs(result: Result, runs: dict[str, list[
     assert list(plain["decoding"]) == [*NAMES, EXPANDED]
     assert plain["model_apart"] < 1e-12 and len(plain["algebra"]) == 2 * len(TASKS)
     measured = plain["seconds_measuring"]
-    assert result.seconds == pytest.approx(measured + sum(run.seconds for x in runs.values() for run in x))
+    assert result.seconds > measured + sum(run.seconds for x in runs.values() for run in x)
 
 
 def test_the_result_says_all_claims_once_and_its_size(result: Result):

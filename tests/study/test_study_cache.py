@@ -16,11 +16,13 @@ from abyssal.costs import fp8_cache_bytes, inspect
 from abyssal.model.cache import Cache
 from abyssal.model.transformer import Transformer
 from abyssal.study.cache import Settings, study_cache
+from abyssal.study.cache_claims import claims
 from abyssal.study.cache_fit import fit, size, weights
 from abyssal.study.cache_kinds import Kind, equal_groups, grouped, kinds, without_rotary_key
-from abyssal.study.cache_measure import ROOM, measure, measure_engine, model_of, resident, rows_written
+from abyssal.study.cache_measure import ROOM, Measured, measure, measure_engine, model_of, resident, rows_written
 from abyssal.study.cache_papers import rows
 from abyssal.study.output import load
+from abyssal.study.verdicts import verdicts
 
 
 def labelled(found: list[Kind]) -> dict[str, Kind]:
@@ -69,9 +71,34 @@ def test_a_figure_that_does_not_come_out_is_told(monkeypatch: pytest.MonkeyPatch
     wrong = [rows()[0]._replace(said="1,966,081")]
     monkeypatch.setattr("abyssal.study.cache.rows", lambda: wrong)
     result = study_cache(Settings(models=("tiny",), tokens=4))
-    assert result.shown[0] == "0 of 1 figures that the papers print or imply come out to the digit."
-    assert "NOT SO" in result.shown[1] and "it says 1,966,081, counted 1,966,080" in result.shown[1]
+    assert "NOT SO. Figures, to the digit: 0 of 1 agree; MHA: " in result.not_shown[0]
+    assert "it says 1,966,081, counted 1,966,080" in result.not_shown[0]
     assert result.grids[0].rows[0][-1] == "NO"
+    assert [claim["verdict"] for claim in result.numbers["claims"]] == ["NOT SO", "shown"]
+
+
+def test_one_wrong_figure_or_one_wrong_cache_is_not_so():
+    right = rows()
+    caches = [Measured(f"cache {i}", 4, 100, 100, 4, True) for i in range(3)]
+    said = claims(right, caches)
+    assert len(said) == 1 + len({row.where for row in right}) and all(claim.holds for claim in said)
+    assert sum(claim.numbers["of"] for claim in said) == len(right) + 3
+    for i, row in enumerate(right):
+        wrong = claims([*right[:i], row._replace(said="7"), *right[i + 1 :]], caches)
+        assert [(c.where, c.verdict) for c in wrong if not c.holds] == [(row.where, "NOT SO")]
+        assert any(f"{row.what}: it says 7, counted {row.counted}" in c.found for c in wrong)
+    for i, cache in enumerate(caches):
+        own = claims(right, [*caches[:i], cache._replace(found=101), *caches[i + 1 :]])
+        assert [c.verdict for c in own] == ["shown"] * (len(own) - 1) + ["NOT SO"]
+        assert own[-1].found == f"2 of 3 agree; cache {i}: predicted 100, measured 101"
+
+
+def test_a_wrong_cache_is_told_as_not_shown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("abyssal.study.cache.measure", lambda *of: measure(*of)._replace(found=1))
+    result = study_cache(Settings(models=("tiny",), tokens=4))
+    assert "has the bytes predicted" in result.not_shown[0] and ", NOT SO. Caches, to the byte: " in result.not_shown[0]
+    assert not any("has the bytes predicted" in line for line in result.shown)
+    assert [verdict.kind for verdict in verdicts(result)][-1] == "not so"
 
 
 def test_deepseek_v3():

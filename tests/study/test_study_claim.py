@@ -49,4 +49,7 @@ def test_short_of_a_papers_figure_is_no_reverse():
 
 def test_the_table_has_a_row_a_claim_and_says_what_an_interval_is():
     grid = claim_by_claim([Claim("W", "S", "C", "F", "shown", {})], "And more.")
-    assert grid.rows == (("S", "W", "C", "F", "shown"),) and grid.note.endswith("that there is none. And more.")
+    assert grid.rows == (("S", "W", "C", "F", "shown"),) and grid.note.endswith("of such claims. And more.")
+    assert (
+        "that there is none. Where there is nothing to find, chance alone would still resolve about one in" in grid.note
+    )

@@ -54,7 +54,7 @@ def made(name: str = "one", **changes: object) -> Result:
         "shown": ("a is <b>small</b>",), "not_shown": ("that c",), "command": f"abyssal study {name} --x 'a b'",
         "grids": (Grid("Table <1>", ("word", "number"), (("x < y", "1,024"), ("&", "2")), note="a <note>"),),
         "pictures": (Picture.drawn("a <picture>", plot, (2, 2)), Picture.drawn("two", plot, (3, 2))),
-        "numbers": {"a": 1, "b": [0.1, None], "of": {"4096": (1, 2)}}, "seeds": (0, 1, 2), "seconds": 1.5,
+        "numbers": {"a": 1, "b": [0.1, None], "of": {"4096": (1, 2)}, "claims": []}, "seeds": (0, 1, 2), "seconds": 1.5,
     }  # fmt: skip
     return Result(**(fields | changes))  # type: ignore[arg-type]
 
