@@ -1,4 +1,4 @@
-"""Files that are on the disk whole, or not at all; where a model's files are."""
+"""Files that are on the disk whole, or not at all; where a model's files are, and what is cached."""
 
 import os
 from pathlib import Path
@@ -25,6 +25,12 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept between commands: `$XDG_CACHE_HOME/abyssal`, or else in `~/.cache`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "abyssal"
 
 
 def model_folder(model: str) -> str:

@@ -1,4 +1,4 @@
-"""A fingerprint of the package's own code: what other code computed is not taken for what this one would."""
+"""A fingerprint of the package's own code and presets: what others computed is not taken for what these would."""
 
 import hashlib
 from functools import cache
@@ -7,15 +7,16 @@ from pathlib import Path
 
 @cache
 def code_digest(*parts: str) -> str:
-    """Sixteen hexadecimal digits of SHA-256 over the names and bytes of the package's Python files: those of `parts`,
-    folders or files below `abyssal/`, or of all of it. Raises FileNotFoundError naming a part that is not there."""
+    """Sixteen hexadecimal digits of SHA-256 over the names and bytes of the package's Python, JSON and TOML files:
+    those of `parts`, folders or files below `abyssal/`, or of all of it. Raises FileNotFoundError naming a part that
+    is not there."""
     root = Path(__file__).parent
     files: set[Path] = set()
     for part in parts or (".",):
         path = root / part
         if not path.exists():
             raise FileNotFoundError(f"{path}: the package has no such part")
-        files |= {path} if path.is_file() else set(path.rglob("*.py"))
+        files |= {file for file in (path, *path.rglob("*")) if file.suffix in (".py", ".json", ".toml")}
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(file.relative_to(root).as_posix().encode() + b"\0")

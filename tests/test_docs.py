@@ -121,7 +121,7 @@ def test_commands_are_understood(document: str) -> None:
                     verb, *arguments = arguments
                     command = command.commands[verb]
                 given = command.make_context(verb, arguments).params
-                if verb == "train" and given["run"] in run_names():
+                if words[0] == "train" and given["run"] in run_names():
                     TrainConfig.read(given["run"], given["settings"] or []).model_settings()
 
 

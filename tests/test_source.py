@@ -36,6 +36,8 @@ def test_a_change_anywhere_is_another_code_and_a_change_elsewhere_is_none(packag
     assert (digest(), digest("ops")) == (whole, ops)
     (package / "ops/notes.txt").write_text("no code")
     assert digest("ops") == ops
+    (package / "model/tiny.json").write_text("{}")
+    assert digest() != whole and digest("ops") == ops
     (package / "ops/gate.py").rename(package / "ops/gates.py")
     assert digest("ops") != ops and digest("ops") == digest("ops", "ops/norm.py")
 

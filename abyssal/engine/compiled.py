@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from abyssal.files import cache_folder
 from abyssal.source import code_digest
 
 Result = TypeVar("Result")
@@ -31,7 +32,7 @@ class Compiled:
 
     def __init__(self, step: Step[Result], say: Callable[[str], None]) -> None:
         # torch reads where to keep what it makes from here alone.
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(_cache_folder()))
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         # The wrapper in C++ launches the step's kernels in half the time that the one in Python takes.
         self._step = torch.compile(step, dynamic=False, fullgraph=True, options={"cpp_wrapper": True})
         self._say = say
@@ -51,8 +52,3 @@ class Compiled:
         self._say(f"compiled in {time.perf_counter() - started:.0f} s")
         self._known.add(shapes)
         return result
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "abyssal" / "inductor"

@@ -4,7 +4,9 @@ import re
 
 _STATED = re.compile(r"(?:####|[Tt]he answer is)\s*\$?(-?[0-9][0-9.,]*|-?\.[0-9]+)")
 _NUMBER = re.compile(r"-?\$?(?:[0-9][0-9.,]*|\.[0-9]+)")
-_LETTER = re.compile(r"(?i)answer[ \t]*(?:is)?[ \t]*:?[ \t]*\$?\(?([A-J])\)?(?![A-Za-z])")
+_OPEN = r"[ \t*$(]*(?:\\(?:boxed|text|textbf|mathrm)\{\(?)*"
+# "is" without a colon wants a capital: an answer may be "a matter of taste".
+_LETTER = re.compile(rf"(?i:answer)[ \t*]*(?:(?:is)?[ \t*]*:{_OPEN}([A-Ja-j])|is{_OPEN}([A-J]))(?![A-Za-z'’])")
 _BLOCK = re.compile(r"```(?:[Pp]ython|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -31,9 +33,9 @@ def plain_words(text: str) -> str:
 
 
 def stated_letter(answer: str) -> str | None:
-    """The letter of the last "Answer: X"."""
+    """The letter of the last "Answer: X" or "answer is X", in a box, in bold or in brackets."""
     found = _LETTER.findall(answer)
-    return found[-1].upper() if found else None
+    return "".join(found[-1]).upper() if found else None
 
 
 def equal_mathematics(gold: str, answer: str) -> bool:
@@ -48,5 +50,7 @@ def code_of(answer: str, entry: str, beginning: str) -> str:
     it."""
     blocks = [str(block) for block in _BLOCK.findall(answer)]
     whole = [block for block in blocks if f"def {entry}(" in block]
-    # A block may repeat the function and rely on the imports above it.
-    return f"{beginning.partition('def ')[0]}\n{whole[-1]}" if whole else beginning + (blocks[-1] if blocks else answer)
+    # A block may repeat the function and rely on the imports and functions above it.
+    if whole:
+        return f"{beginning.partition(f'def {entry}(')[0]}\n{whole[-1]}"
+    return beginning + (blocks[-1] if blocks else answer)

@@ -78,11 +78,21 @@ _ALL = (
 _CREATE, _ADD, _RESTRICT = 444, 445, 446  # the same on every architecture
 
 
-def _readable() -> list[str]:
-    """Python's library, and what it is linked with."""
-    paths = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), sys.base_prefix + "/lib"}
-    paths |= {"/usr/lib", "/usr/lib64", "/lib", "/lib64", "/usr/share/zoneinfo", "/etc/ld.so.cache", "/dev/null"}
-    return [path for path in sorted(paths) if os.path.exists(path)]
+def _readable() -> dict[str, int]:
+    """Python's own library and what it is linked with, but no installed packages: among them may be the answers. Each
+    path with what may be done there: of these folders names may be listed, and what lies in them read."""
+    python = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib")}
+    linked = {sys.base_prefix + "/lib", "/usr/lib", "/usr/lib64", "/lib", "/lib64"}
+    rights = dict.fromkeys(("/etc/ld.so.cache", "/dev/null"), _READ_FILE)
+    rights["/usr/share/zoneinfo"] = _READ_FILE | _READ_DIR
+    for folder in {os.path.realpath(path) for path in python | linked if os.path.isdir(path)}:
+        rights[folder] = _READ_DIR
+        for entry in os.scandir(folder):
+            # Python's own folder is one of these; a link would open what it leads to.
+            packages = entry.name in ("site-packages", "dist-packages") or entry.name.startswith("python")
+            if not entry.is_symlink() and not packages:
+                rights.setdefault(entry.path, _READ_FILE | (_READ_DIR if entry.is_dir() else 0))
+    return {path: right for path, right in rights.items() if os.path.exists(path)}
 
 
 def _landlock(libc: Any) -> None:
@@ -90,9 +100,8 @@ def _landlock(libc: Any) -> None:
     ruleset = libc.syscall(_CREATE, handled, len(handled), 0)
     if ruleset < 0:
         raise OSError(f"Landlock is missing: {os.strerror(ctypes.get_errno())}")
-    for path in _readable():
+    for path, rights in _readable().items():
         descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        rights = _READ_FILE | (_READ_DIR if os.path.isdir(path) else 0)
         rule = struct.pack("=Qi", rights, descriptor)
         if libc.syscall(_ADD, ruleset, 1, rule, 0) < 0:
             raise OSError(f"Landlock: {path}: {os.strerror(ctypes.get_errno())}")

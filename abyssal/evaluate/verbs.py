@@ -1,6 +1,8 @@
 """`abyssal eval`: its words. What it does lies in the files beside this."""
 
+import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from abyssal.files import model_folder
+from abyssal.files import cache_folder, model_folder
 
 if TYPE_CHECKING:
     from abyssal.engine import LLM
@@ -54,7 +56,8 @@ def evaluate(
     answers: Annotated[
         Path | None,
         typer.Option(
-            help="Keep every answer in this file, and take those that are there. [default: beside the file of --json]"
+            help="Keep every answer in this file, and take those that are there. [default: beside the file of --json; "
+            "without one, among what is cached, until all are there]"
         ),
     ] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of context. [default: the model's]")] = None,
@@ -78,6 +81,11 @@ def evaluate(
         raise ValueError(f"dtype: expected float32, bfloat16 or float64, got {dtype!r}")
     folder = model_folder(model)
     if text is not None:
+        given = {"--limit": limit, "--shots": shots, "--system": system, "--answers": answers}
+        given |= {"--chat": chat or None, "--run-code": run_code or None}
+        for option, value in given.items():
+            if value is not None:
+                raise ValueError(f"eval: {option}: is of --tasks, not of --text")
         llm = _llm(folder, dtype, device, max_batch, speculation, compiled)
         return _text(llm, model, text, max_length, batch_tokens, json_file)
     try:
@@ -95,6 +103,9 @@ def evaluate(
     from abyssal.checkpoint import local_folder
 
     folder = str(local_folder(folder))
+    unfinished = None
+    if answers is None:
+        answers = unfinished = _unfinished([folder, names, limit, shots, chat, system, seed, max_length, dtype, device])
     lm = EngineLM(
         _llm(folder, dtype, device, max_batch, speculation, compiled), max_length=max_length, batch_tokens=batch_tokens,
         answers=answers, name=weights_of(folder), seed=seed,
@@ -103,8 +114,10 @@ def evaluate(
         report = run(lm, model, loaded, asked)
     counts, said = lm.counts, Console(stderr=True)
     (said if to_output else Console()).print(report.table())
+    if unfinished is not None:
+        unfinished.unlink()
     if counts.reused:
-        said.print(f"{counts.reused:,} of {counts.requests:,} answers were in {answers}", soft_wrap=True)
+        said.print(f"{counts.reused:,} of {counts.requests:,} answers were there already", soft_wrap=True)
     if counts.truncated:
         said.print(
             f"{counts.truncated:,} inputs were longer than {lm.max_length:,} tokens and lost their first "
@@ -130,11 +143,23 @@ def _llm(folder: str, dtype: str | None, device: str, batch: int, speculation: b
         return LLM(folder, dtype=kind, device=device, max_batch=batch, drafts=drafts, compiled=compiled)
 
 
+def _unfinished(asked: list[Any]) -> Path | None:
+    """Where the answers of a command that names no file are kept until it ends; None where nothing can be written."""
+    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+    folder = cache_folder() / "answers"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder / f"{name}.jsonl" if os.access(folder, os.W_OK) else None
+
+
 def _text(
     llm: "LLM", model: str, path: Path, sequence: int | None, batch_tokens: int | None, json_file: Path | None
 ) -> None:
     from rich.progress import Progress
 
+    from abyssal.evaluate.score import pass_tokens
     from abyssal.evaluate.text import measure_text
     from abyssal.files import write_file
 
@@ -144,7 +169,7 @@ def _text(
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("text", total=None)
         found = measure_text(
-            llm.model, llm.tokenizer, path, length, batch_tokens or 4096,
+            llm.model, llm.tokenizer, path, length, batch_tokens or pass_tokens(llm.model.embed.weight.device),
             lambda done, total: bar.update(task, completed=done, total=total),
         )  # fmt: skip
     settings = {"dtype": str(llm.model.embed.weight.dtype).removeprefix("torch."), "sequence": length}

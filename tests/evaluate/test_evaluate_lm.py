@@ -224,7 +224,7 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(
     expected = whole.loglikelihood(likely), whole.generate_until(texts)
 
     path = tmp_path / "answers.jsonl"
-    first = ours(folder, answers=path, batch_tokens=16)
+    first = ours(folder, answers=path, name="a", batch_tokens=16)
     put, count = Journal.put, iter(range(100))
 
     def dies(self: Journal, answers: list) -> None:
@@ -238,11 +238,11 @@ def test_an_evaluation_cut_short_goes_on_where_it_was(
     monkeypatch.setattr(Journal, "put", put)
     with path.open("ab") as stream:
         stream.write(b'{"key": "ab')
-    second = ours(folder, answers=path)
+    second = ours(folder, answers=path, name="a")
     assert second.loglikelihood(likely) == [(pytest.approx(l, abs=1e-5), g) for l, g in expected[0]]
     assert 0 < second.counts.reused < 9
     assert second.generate_until(texts[:3]) == expected[1][:3]
-    third = ours(folder, answers=path)
+    third = ours(folder, answers=path, name="a")
     assert third.generate_until(texts) == expected[1] and third.counts.reused == 3
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -262,6 +262,8 @@ def test_answers_of_another_model_precision_or_code_are_not_taken(
     same = ours(folder, answers=path, name="a")
     same.loglikelihood(asked)
     assert same.counts.reused == 1
+    with pytest.raises(ValueError, match="name: answers are kept by the name"):
+        ours(folder, answers=path)
     monkeypatch.setattr("abyssal.evaluate.lm.code_digest", lambda *parts: "other")
     changed = ours(folder, answers=path, name="a")
     changed.loglikelihood(asked)

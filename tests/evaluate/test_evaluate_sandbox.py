@@ -77,7 +77,8 @@ def test_a_program_that_raises_or_leaves_early_fails_and_says_why(program: str, 
 @needs_holding
 def test_a_program_that_ends_itself_before_its_end_has_not_passed() -> None:
     assert ends("import os; os._exit(0)").end == "killed"
-    assert ends('import os; os.write(3, b\'{"token": "", "end": "passed"}\'); os._exit(0)').end == "killed"
+    for said in ('{"token": "", "end": "passed"}', "[]", "[" * 4000, "1", ""):
+        assert ends(f"import os; os.write(3, {said.encode()!r}); os._exit(0)").end == "killed"
     assert ends("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)").end == "killed"
 
 
@@ -139,6 +140,10 @@ def test_no_file_but_the_librarys_is_read(tmp_path: Path) -> None:
     for path in (tmp_path / "secret", "/etc/passwd", "/proc/self/environ", f"/proc/{os.getpid()}/environ", __file__):
         assert ends(f"print(open({str(path)!r}).read())").why.startswith("PermissionError"), path
     assert ends(f"import os; assert os.listdir({str(tmp_path)!r})").end == "failed"
+    packages = Path(os.__file__).parent
+    for folder in (packages / "site-packages", packages / "dist-packages", Path("/usr/lib/python3/dist-packages")):
+        for file in list(folder.rglob("*.py"))[:3]:  # of an installed package, which may hold the answers
+            assert ends(f"open({str(file)!r}).read()").why.startswith("PermissionError"), file
     assert ends("import os; assert set(os.environ) <= {'PYTHONHASHSEED', 'LC_CTYPE'}, dict(os.environ)").end == "passed"
 
 

@@ -18,6 +18,7 @@ from abyssal import LLM
 from abyssal.cli import app
 from abyssal.evaluate import sandbox
 from abyssal.evaluate.grade import code_of, equal_mathematics, last_number, stated_letter, stated_number
+from abyssal.evaluate.journal import Journal
 from abyssal.evaluate.lm import EngineLM
 from abyssal.evaluate.questions import Question, place_of
 from abyssal.evaluate.run import Asked, evaluate, tasks_of
@@ -299,12 +300,28 @@ def test_rules_of_grading() -> None:
     assert last_number("4 and then -5.50.") == "-5.50" and last_number("none") is None
     assert stated_letter("Answer: b") == "B" and stated_letter("the answer is (C).") == "C"
     assert stated_letter("Answer: A\nAnswer: D") == "D" and stated_letter("Answer: Apples") is None
+    for said in (
+        "Answer: **C**",
+        "**Answer:** C",
+        "Answer: $\\boxed{\\text{C}}$",
+        "Answer: C. It helps to answer a question",
+    ):
+        assert stated_letter(said) == "C", said
+    assert stated_letter("the answer is a matter of taste") is None and stated_letter("Answer: I'm unsure") is None
     assert equal_mathematics("\\frac{1}{2}", "thus 0.5") and not equal_mathematics("2", "\\boxed{3}")
     assert equal_mathematics("\\text{Evelyn}", "$\\boxed{\\text{Evelyn}}$") and equal_mathematics("(3, 4)", "$(3,4)$")
     assert code_of("    return 1", "f", "def f():\n") == "def f():\n    return 1"
     assert code_of("```python\nx\n```", "f", "import a\ndef f():\n") == "import a\ndef f():\nx\n"
+    helped = "import a\ndef g():\n    return 1\ndef f():\n"
+    assert code_of("```python\ndef f():\n    return g()\n```", "f", helped) == (
+        "import a\ndef g():\n    return 1\n\ndef f():\n    return g()\n"
+    )
     with pytest.raises(ValueError, match="expected a place from 0, a letter or one of the 2 choices"):
         place_of(True, ["x", "y"])
+    oxygen = ["C", "NO", "O", "CO"]  # ARC has such a question
+    assert place_of("C", oxygen, list("ABCD")) == 2 and place_of("O", oxygen) == 2
+    with pytest.raises(ValueError, match="answer 'C': is the letter of one choice and the text of another"):
+        place_of("C", oxygen)
 
 
 def test_every_set_of_an_installed_package_is_whole() -> None:
@@ -357,6 +374,36 @@ def test_the_verb_writes_figures_with_versions_and_goes_on_from_its_answers(
     repeated = json.loads(out.read_text())
     assert repeated["figures"] == told["figures"]
     assert repeated["counts"]["reused"] == repeated["counts"]["requests"] == 10
+
+
+def test_cut_short_without_a_file_the_same_command_goes_on(
+    folder: Path, packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are among what is cached until it has ended, and no longer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = ["eval", str(folder), "--tasks", "gpqa_diamond,gsm8k", "--shots", "0", "--limit", "2", "--json"]
+    whole = CliRunner().invoke(app, asked)
+    assert whole.exit_code == 0 and not list((tmp_path / "cache/abyssal/answers").iterdir())
+    put, kept = Journal.put, []
+
+    def dies(self: Journal, answers: list[Any]) -> None:
+        if any(isinstance(answer, str) for _, answer in answers):  # the first text, after all likelihoods
+            raise KeyboardInterrupt
+        kept.extend(answers)
+        put(self, answers)
+
+    monkeypatch.setattr(Journal, "put", dies)
+    assert CliRunner().invoke(app, asked).exit_code != 0 and kept
+    monkeypatch.setattr(Journal, "put", put)
+    told = json.loads(CliRunner().invoke(app, asked).stdout)
+    assert told["counts"]["reused"] == len(kept) and told["figures"] == json.loads(whole.stdout)["figures"]
+    assert not list((tmp_path / "cache/abyssal/answers").iterdir())
+
+
+@pytest.mark.parametrize("words", [["--limit", "2"], ["--shots", "0"], ["--chat"], ["--run-code"], ["--answers", "a"]])
+def test_what_is_of_sets_is_refused_for_a_text(folder: Path, words: list[str]) -> None:
+    told = CliRunner().invoke(app, ["eval", str(folder), "--text", "README.md", *words])
+    assert isinstance(told.exception, ValueError) and f"{words[0]}: is of --tasks, not of --text" in str(told.exception)
 
 
 def test_json_without_a_file_is_all_of_the_standard_output(folder: Path, packages: Path, tmp_path: Path) -> None:
