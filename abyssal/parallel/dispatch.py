@@ -69,6 +69,7 @@ class Way:
     works: list[dist.Work] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)  # alive as long as it is sent from or received into
     gradient: Tensor | None = None  # on the way back: of what was sent, as its sender has it
+    back: Tensor | None = None  # on the way back: [rows sent, D] what this rank gets, for nobody to see before the wait
 
     def send(self, out: Tensor, rows: Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup) -> None:
         """Starts sending `rows`, `sent` of them to each rank, and receiving `out`."""
@@ -192,19 +193,18 @@ class Return(NamedTuple):
     """Rows under way to their tokens."""
 
     y: Tensor  # [rows received, D] what this rank gives
-    back: Tensor  # [rows sent, D] what it gets
     way: Way
 
 
 def give_back(y: Tensor, plan: Plan) -> Return:
     """Starts sending back what came of the rows that were received, `y [R, D]`."""
-    back, way = y.new_empty(plan.leaving, y.shape[1]), Way()
-    return Return(_GiveBack.apply(y, back, plan, way), back, way)
+    way = Way()
+    return Return(_GiveBack.apply(y, plan, way), way)
 
 
 def collect(returned: Return, own: Tensor, plan: Plan, plus: Tensor | None = None) -> Tensor:
     """`[T, D]`: waits, and adds up each token's rows, `own` of those that stayed, and `plus [T, D]`."""
-    out: Tensor = _Collect.apply(returned.y, own, plus, returned.back, plan, returned.way)
+    out: Tensor = _Collect.apply(returned.y, own, plus, plan, returned.way)
     return out
 
 
@@ -315,10 +315,11 @@ class _Arrive(torch.autograd.Function):
 
 class _GiveBack(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, back: Tensor, plan: Plan, way: Way) -> Tensor:
+    def forward(ctx: Any, y: Tensor, plan: Plan, way: Way) -> Tensor:
         ctx.way = way
         y = y.contiguous()
-        _gather(y, back, plan, way)
+        way.back = y.new_empty(plan.leaving, y.shape[1])
+        _gather(y, way.back, plan, way)
         ctx.save_for_backward(y.new_empty(0))  # as in `_Arrive`: own rows may keep nothing
         return y.detach()  # FSDP2 warns of views that a module returns
 
@@ -326,16 +327,16 @@ class _GiveBack(torch.autograd.Function):
     def backward(ctx: Any, dy_rows: Tensor) -> tuple[Tensor | None, ...]:
         _ = ctx.saved_tensors
         ctx.way.wait()
-        return dy_rows, None, None, None
+        return dy_rows, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, own: Tensor, plus: Tensor | None, back: Tensor, plan: Plan, way: Way
-    ) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, y: Tensor, own: Tensor, plus: Tensor | None, plan: Plan, way: Way) -> Tensor:
         ctx.plan, ctx.way = plan, way
         way.wait()
+        back, way.back = way.back, None  # the way lasts until the backward pass
+        assert back is not None
         # Kept so that a block that is computed again comes as far as this wait. What is on its way would be let go of
         # before it is there, and in a CUDA graph nobody else keeps it.
         ctx.save_for_backward(own.new_empty(0))
@@ -346,4 +347,4 @@ class _Collect(torch.autograd.Function):
         dy, chosen = dy.contiguous(), ctx.plan.chosen
         sent = _scatter(dy, ctx.plan, ctx.way)
         own = dy if chosen is None else _picked(dy, chosen.stay)
-        return sent, own, dy if ctx.needs_input_grad[2] else None, None, None, None
+        return sent, own, dy if ctx.needs_input_grad[2] else None, None, None

@@ -1,7 +1,8 @@
 """Expert parallel against one process: odd routings in float64, what lies between a start and its wait, whole runs."""
 
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,8 +18,9 @@ from abyssal.model.experts import MoE, Routing
 from abyssal.ops import experts
 from abyssal.parallel import dispatch
 from abyssal.parallel import experts as parallel_experts
-from abyssal.parallel.dispatch import Way, sizes
+from abyssal.parallel.dispatch import Plan, Return, Way, sizes
 from abyssal.parallel.experts import SpreadMoE, check
+from abyssal.train.diagnose import watched
 
 D, E = 12, 4
 CONFIG = ModelConfig(
@@ -147,8 +149,44 @@ class Marked(torch.autograd.Function):
         return dy, None
 
 
-def orders() -> list[tuple[list[str], list[str]]]:
-    return [order_of_events(all_go) for all_go in (False, True)]
+class Seen(NamedTuple):
+    orders: list[tuple[list[str], list[str]]]  # of events, where rows are counted and where all go
+    blamed: list[str]  # modules whose output was said not to be finite, where all is
+
+
+def seen() -> Seen:
+    return Seen([order_of_events(all_go) for all_go in (False, True)], blamed())
+
+
+@pytest.fixture(scope="module")
+def both() -> list[Seen]:
+    """What two ranks saw."""
+    return on_ranks(2, seen)
+
+
+def blamed() -> list[str]:
+    """Of a rank that watches its modules while the other's rows are not there yet, and their memory is NaN."""
+    plain = parallel_experts.give_back
+
+    def slow(y: Tensor, plan: Plan) -> Return:
+        time.sleep(dist.get_rank())
+        return plain(y, plan)
+
+    group = dist.group.WORLD
+    assert group is not None
+    x, weights, indices, _ = tokens_of(0, [[0, 3], [2, 1]], 2)
+    spread = SpreadMoE(make(True), group)
+    spread.gate = Fixed(weights, indices)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what is not computed yet with NaN
+    parallel_experts.give_back = slow
+    try:
+        with torch.no_grad(), watched(nn.ModuleDict({"ffn": spread})) as found:  # type: ignore[arg-type]
+            y, _ = spread(x)
+    finally:
+        parallel_experts.give_back = plain
+        torch.use_deterministic_algorithms(False)
+    assert y.isfinite().all()
+    return found
 
 
 def order_of_events(all_go: bool) -> tuple[list[str], list[str]]:
@@ -188,10 +226,14 @@ def order_of_events(all_go: bool) -> tuple[list[str], list[str]]:
     return events[:split], events[split:]
 
 
-def test_shared_experts_and_own_rows_are_computed_between_a_start_and_its_wait() -> None:
+def test_rows_on_their_way_are_not_blamed(both: list[Seen]) -> None:
+    assert [found.blamed for found in both] == [[], []]
+
+
+def test_shared_experts_and_own_rows_are_computed_between_a_start_and_its_wait(both: list[Seen]) -> None:
     counts, rest = ["start", "wait"], ["w1", "wait", "wait", "experts", "start", "experts", "w2", "wait"]
     back = ["start", "w2", "experts", "wait", "experts", "start", "start", "w1", "wait", "wait"]
-    for counted, all_go in on_ranks(2, orders):
+    for counted, all_go in (found.orders for found in both):
         assert counted == (["gate", *counts, "start", "start", *rest], back)
         assert all_go == (["start", "gate", "start", *rest], back)
 
