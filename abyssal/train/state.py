@@ -78,7 +78,8 @@ def load_state(folder: Path, model: Transformer, optimizer: Optimizer, part: Par
         kind, slash, name = key.partition("/")
         if slash and kind != MASTER and name in masters:
             shape = masters[name].shape if files.shape(key) else ()
-            kinds[key] = torch.empty(shape, dtype=torch.promote_types(masters[name].dtype, torch.float32))
+            # As AdamW makes them: its scalars, `step`, are float32 beside masters of any dtype.
+            kinds[key] = torch.empty(shape, dtype=masters[name].dtype if shape else torch.float32)
             wanted[key] = part(name, kinds[key]) if shape else kinds[key]
     files.read(wanted)
     optimizer.load_state(kinds)

@@ -242,5 +242,19 @@ def test_a_state_of_another_model_is_refused_by_tensor(make_config, token_set, t
         load_state(tmp_path / "state", *_parts(Trainer(other, other.model_settings(), token_set)))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_the_optimizer_keeps_is_restored_in_its_dtypes(make_config, token_set, tmp_path, optimizer):
+    """A fused AdamW on a GPU takes `step` for float32, whatever it is."""
+    config = make_config(dtype="float64", optimizer=optimizer)
+    fresh, again = (Trainer(config, config.model_settings(), token_set) for _ in range(2))
+    with fresh.stream() as stream:
+        fresh.step(next(stream))
+    fresh.save(tmp_path / "state")
+    again.restore(tmp_path / "state")
+    kept = fresh.optimizer.state()
+    assert {t.dtype for key, t in kept.items() if key.startswith("step/")} == {torch.float32}
+    assert {key: t.dtype for key, t in again.optimizer.state().items()} == {key: t.dtype for key, t in kept.items()}
+
+
 def _parts(trainer):
     return trainer.model, trainer.optimizer
