@@ -74,7 +74,7 @@ class Result:
     pictures: tuple[Picture, ...]
     numbers: dict[str, Any]  # every figure of the tables, unrounded: plain JSON
     seeds: tuple[int, ...]
-    seconds: float  # of the clock: all it was trained (`small.spent`), measured and drawn in
+    seconds: float  # of the clock: training, measuring and drawing, see `small.spent`
     machine: dict[str, Any] = field(default_factory=lambda: machine("cpu"))
 
     def __post_init__(self) -> None:
