@@ -209,6 +209,14 @@ class Optimizer:
                     tensors[f"{kind}/{name}"] = value
         return tensors
 
+    def expected(self) -> list[str]:
+        """What `state` has after any step, masters apart: no parameter of a model is ever without a gradient."""
+        kinds = {
+            p: ("step", "exp_avg", "exp_avg_sq") if isinstance(o, torch.optim.AdamW) else ("momentum_buffer",)
+            for o in self.optimizers for group in o.param_groups for p in group["params"]
+        }  # fmt: skip
+        return [f"{kind}/{name}" for name, p in zip(self.names, self.masters, strict=True) for kind in kinds[p]]
+
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes what `state` gave; masters may be there already. Raises KeyError for a parameter that there is not."""

@@ -81,6 +81,9 @@ def load_state(folder: Path, model: Transformer, optimizer: Optimizer, part: Par
             # As AdamW makes them: its scalars, `step`, are float32 beside masters of any dtype.
             kinds[key] = torch.empty(shape, dtype=masters[name].dtype if shape else torch.float32)
             wanted[key] = part(name, kinds[key]) if shape else kinds[key]
+    missing = next((key for key in optimizer.expected() if key not in kinds), None)
+    if missing is not None and read_trainer(folder)["step"]:
+        raise CheckpointError(f"{folder}: tensor {missing} is missing")
     files.read(wanted)
     optimizer.load_state(kinds)
     random = load_file(folder / RANDOM)

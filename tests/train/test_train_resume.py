@@ -12,12 +12,14 @@ import time
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from abyssal.checkpoint import CheckpointError
+from abyssal.checkpoint.distributed import FILES
 from abyssal.config import ConfigError
 from abyssal.train import TrainConfig, read_metrics, train
 from abyssal.train.metrics import Metrics
-from abyssal.train.state import newest_state, prune_states, read_trainer, save_state, state_folder
+from abyssal.train.state import OPTIMIZER, newest_state, prune_states, read_trainer, save_state, state_folder
 from abyssal.train.trainer import Trainer
 
 CURVE = ["step", "tokens", "loss", "main_loss", "mtp_losses", "balance_loss", "grad_norm", "lr", "max_violation"]
@@ -254,6 +256,30 @@ def test_what_the_optimizer_keeps_is_restored_in_its_dtypes(make_config, token_s
     kept = fresh.optimizer.state()
     assert {t.dtype for key, t in kept.items() if key.startswith("step/")} == {torch.float32}
     assert {key: t.dtype for key, t in again.optimizer.state().items()} == {key: t.dtype for key, t in kept.items()}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_the_optimizer_kept_is_missed_without_a_list_of_files_too(make_config, token_set, tmp_path, optimizer):
+    config, state = make_config(optimizer=optimizer), tmp_path / "state"
+    trainer = Trainer(config, config.model_settings(), token_set)
+    trainer.save(state)
+    (state / FILES).unlink()  # as earlier versions left it
+    (state / OPTIMIZER).unlink()
+    trainer.restore(state)  # before the first step an optimizer keeps nothing
+    with trainer.stream() as stream:
+        trainer.step(next(stream))
+    trainer.save(state)
+    (state / FILES).unlink()
+    trainer.restore(state)
+    kept = load_file(state / OPTIMIZER)
+    for kind in {key.partition("/")[0] for key in kept}:
+        first = next(key for key in kept if key.startswith(kind + "/"))
+        save_file({key: t for key, t in kept.items() if key != first}, state / OPTIMIZER)
+        with pytest.raises(CheckpointError, match=f"state: tensor {first} is missing"):
+            trainer.restore(state)
+    (state / OPTIMIZER).unlink()
+    with pytest.raises(CheckpointError, match=r"state: tensor \S+/\S+ is missing"):
+        trainer.restore(state)
 
 
 def _parts(trainer):
