@@ -4,6 +4,7 @@ The model is built of fake tensors (shapes without values), the ranks are a fake
 code of a real run: `Spread` or `Alone`, `Optimizer`, the objective's forward and backward. Routing counts as balanced.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.distributed.fsdp import FSDPModule
 
 from abyssal.config import ModelConfig
 from abyssal.data import Batch
@@ -90,7 +92,7 @@ def _walk(
     memory = MemTracker()
     memory.track_external(model, *optimizer.kept())
     if isinstance(spread, Spread) and spread.pipeline is not None:
-        order: Order | None = _stages(found, spread, micro, scales, optimizer, balance, memory, work)
+        order: Order | None = _stages(found, spread, micro, scales, optimizer, balance, memory, work, config.reshard)
     else:
         order = None
         # The first step makes the optimizer's moments; the second is as all that follow.
@@ -127,60 +129,88 @@ def _walk(
 
 def _stages(
     found: Walk, spread: Spread, micro: Microbatch, scales: LossScales, optimizer: Optimizer, balance: Balance,
-    memory: MemTracker, work: Work,
+    memory: MemTracker, work: Work, reshard: bool,
 ) -> Order:  # fmt: skip
-    """The rank's stages, one after the other, forward and backward once."""
+    """The rank's stages, one after the other, through two microbatches, and a step's end.
+
+    As a schedule has it no backward pass sums gradients over the ranks: of all the rank's stages, each parameter's
+    float32 sum is alive whole from the stage's first backward pass until the stage's last is done. What a rank holds at
+    most is either that beside what waits and what a backward pass makes, or what the end needs: gradients are summed
+    over the ranks block by block, each a copy beside its sum, and pieces of them appear as sums go.
+    """
     pipeline = spread.pipeline
     assert pipeline is not None
     totals, local = _totals(micro), micro.to(DEVICE)
+    place = spread.mesh.place("pp")
+    scheduled = pipeline._scheduled(local)
+    order = order_of(scheduled, pipeline.schedule, spread.mesh.shape.pp, pipeline.microbatches, pipeline.halves)
+    split = any(kind == "W" for _, kind, _ in order.parts[place])
     width, before = spread.model.config.hidden_size, total(memory)
-    transient = gathered = 0
+    transient = gathered = sums = 0
+    once = Work(work.context, work.experts)
     for s, stage in zip(pipeline.own, pipeline.stages):
         stage.begin([local], totals, scales)
-        x = torch.empty(local.tokens.shape[0], width, dtype=torch.bfloat16, device=DEVICE, requires_grad=s > 0)
+        x = torch.empty(local.tokens.shape[0], width, dtype=torch.bfloat16, device=DEVICE)
         start = total(memory)
-        # A step's first pass gathers parameters, and its last adds gradients up; what is between does neither.
-        once = Work(work.context, work.experts)
+        # A step's first pass gathers parameters, and its end adds gradients up; what is between does neither.
         with memory, once:
-            first = stage(x)
+            first = stage(x.detach().requires_grad_(s > 0))
         between = total(memory)
         memory.reset_mod_stats()
+        counted = work.traffic.copy()
         with memory, work:
-            y = stage(x.detach().requires_grad_(s > 0))
+            second = stage(x.detach().requires_grad_(s > 0))
+        # Blocks that are dropped are gathered once a microbatch: a forward pass finds what a backward pass left.
+        work.traffic = Counter({t: n if t.what != "all-gather" else counted[t] for t, n in work.traffic.items()})
         kept = total(memory) - between
         found.kept[s] = kept
         gathered += between - start - kept
-        sharded: Any = stage
-        sharded.set_requires_gradient_sync(False)
-        sharded.set_reshard_after_backward(False)
+        with memory:
+            _backward(stage, first)
+            del first
+            if reshard and pipeline.reshards:  # by the forward pass that comes next
+                for block in (m for m in stage.modules() if m is not stage and isinstance(m, FSDPModule)):
+                    block.reshard()
+        made = total(memory)
+        sums += made - between  # and `kept`, of the second, which `between` lacks and the first let go of
         with memory, work:
-            y.backward(None if y.ndim == 0 else torch.empty_like(y))
-        sharded.set_requires_gradient_sync(True)
-        transient = max(transient, total(memory, "peak") - between - kept)
-        with memory, once:
-            first.backward(None if y.ndim == 0 else torch.empty_like(y))
-        for sent, size in once.traffic.items():
-            if sent.what in ("all-gather", "reduce-scatter"):
-                found.once[sent] = found.once.get(sent, 0) + size
+            _backward(stage, second)
+            del second
+        transient = max(transient, total(memory, "peak") - made)
+        if split:  # a half makes the gradients of all of a stage's weights, as wide as these, before it adds them up
+            transient = max(transient, between - start - kept)
         for neighbour in (s + 1 if s + 1 < pipeline.count else None, s - 1 if s else None):
             if neighbour is not None and neighbour not in pipeline.own:
                 far = spread.mesh.size(*STAGE) >= NODE
                 sent = Traffic("send", "InfiniBand" if far else "NVLink", 2)
                 work.traffic[sent] += x.numel() * x.element_size()
-        del x, y, first
+        del x
         stage.end()
+    ends = scheduled._stages if hasattr(scheduled, "_stages") else [scheduled._stage]
     with memory:
+        with once:
+            for end in ends:
+                end.perform_reduce_grad(1)
+        ending = total(memory, "peak")
         optimizer.collect()
-        gradients = _gradients(optimizer)
         _step(spread, optimizer)
-    place = spread.mesh.place("pp")
-    order = order_of(
-        pipeline._scheduled(local), pipeline.schedule, spread.mesh.shape.pp, pipeline.microbatches, pipeline.halves
-    )
+        stepped = total(memory, "peak")
+    for t, size in once.traffic.items():
+        if t.what in ("all-gather", "reduce-scatter"):
+            found.once[t] = size
     found.waiting, found.activations = order.waiting(place), order.held(place, found.kept)
-    moments = total(memory) - before
-    found.peak = before + moments + gradients + gathered + found.activations + transient
+    moments = total(memory) - before  # what a step leaves behind, which lies there in all that follow
+    found.peak = max(moments + max(before + gathered + sums + found.activations + transient, ending), stepped)
     return order
+
+
+def _backward(stage: nn.Module, y: Tensor) -> None:
+    """As the pipeline's stages have it: gradients are added up, and not over the ranks."""
+    sharded: Any = stage
+    sharded.set_is_last_backward(False)
+    sharded.set_reshard_after_backward(False)
+    sharded.set_requires_gradient_sync(False)
+    y.backward(None if y.ndim == 0 else torch.empty_like(y))
 
 
 def _step(spread: Alone | Spread, optimizer: Optimizer) -> None:
@@ -205,10 +235,6 @@ def total(memory: MemTracker, which: str = "current") -> int:
     """Bytes that are held, or were at most."""
     snapshot: Any = memory.get_tracker_snapshot(which)
     return sum(int(kinds["Total"]) for kinds in snapshot.values())
-
-
-def _gradients(optimizer: Optimizer) -> int:
-    return sum(g.numel() * g.element_size() for _, g in optimizer.gradients())
 
 
 def _totals(micro: Microbatch) -> Totals:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -84,9 +84,17 @@ class Work(TorchDispatchMode):
             return
         what, share = found
         sizes = [_bytes(t) for t in _tensors(args)]
+        if what == "all-to-all":
+            sizes = [_for_others(args[1], args[4], group.rank())]
         ranks = dist.get_process_group_ranks(group)
         for link, part in links(ranks).items():
             self.traffic[Traffic(what, link, len(ranks))] += int(max(sizes, default=0) * share(len(ranks)) * part)
+
+
+def _for_others(rows: Tensor, sizes: Sequence[int], rank: int) -> int:
+    """Bytes of what is exchanged, `sizes` of it with each rank. Rows for experts have none with the rank itself
+    (`dispatch.Sizes`), counts of such rows do."""
+    return _bytes(rows) * (sum(sizes) - sizes[rank]) // max(sum(sizes), 1)
 
 
 def _fp8_products(name: str, args: Any) -> int:
@@ -104,7 +112,7 @@ def _fp8_products(name: str, args: Any) -> int:
 SENT: dict[str, tuple[str, Callable[[int], float]]] = {
     "allgather": ("all-gather", lambda n: (n - 1) / n),
     "reduce_scatter": ("reduce-scatter", lambda n: (n - 1) / n),
-    "alltoall": ("all-to-all", lambda n: (n - 1) / n),
+    "alltoall": ("all-to-all", lambda n: 1.0),  # of `_for_others`
     "allreduce": ("all-reduce", lambda n: 2 * (n - 1) / n),
     "send": ("send", lambda n: 1.0),
 }

@@ -13,7 +13,7 @@ from abyssal.plan import plan
 from abyssal.plan.order import Order, _one_stage, play
 from abyssal.plan.report import memory_line
 from abyssal.plan.setup import settings_of
-from abyssal.plan.work import links
+from abyssal.plan.work import _for_others, links
 
 SMALL = ["model.num_hidden_layers=3", "batch_tokens=2048", "sequence=1024", "mtp_weight=0.3"]
 
@@ -70,6 +70,39 @@ def test_a_pipeline_s_stages_together_are_the_model(alone):
     assert made.order.bubble == pytest.approx(1 / 5)  # (P - 1) / (M + P - 1)
     assert [made.order.waiting(rank) for rank in (0, 1)] == [w.waiting for w in made.walks] == [2, 1]
     assert [w.activations for w in made.walks] == [2 * made.walks[0].kept[0], made.walks[1].kept[1]]
+
+
+@pytest.mark.parametrize(("schedule", "owned"), [("zbv", 1), ("1f1b", 0)])
+def test_a_pipeline_s_rank_holds_whole_sums_of_all_its_stages(schedule, owned):
+    """Masters, moments, both stages' parameters in bf16 and whole sums in float32; then a pass, and no more."""
+    settings = ["model.num_hidden_layers=4", "batch_tokens=64", "sequence=64", "accumulate=64", "reshard=false"]
+    made = plan(settings_of("reference-961m", [*settings, f"schedule={schedule}"], 16, "pp=2,dp=8"), [owned])
+    (w,) = made.walks
+    n = w.numbers  # owned, one of eight pieces
+    need = (4 + 8 + 2 * 8 + 4 * 8) * n + w.activations
+    # Halves of a backward pass make a stage's gradients in bf16 before they add them; a whole one a block's at a time.
+    more = 8 * n if schedule == "zbv" else 0
+    assert need + more <= w.peak <= 1.02 * (need + 8 * n)
+
+
+def test_blocks_that_are_dropped_are_gathered_once_a_microbatch_in_a_pipeline():
+    settings = ["model.num_hidden_layers=4", "batch_tokens=64", "sequence=64", "accumulate=64"]
+    (w,) = plan(settings_of("reference-961m", settings, 16, "pp=2,dp=8"), [0]).walks
+    each, once = (sum(n for t, n in sent.items() if t.what == "all-gather") for sent in (w.traffic, w.once))
+    ends = ModelConfig.load("reference-961m").vocab_size * ModelConfig.load("reference-961m").hidden_size
+    assert each == pytest.approx(once - 2 * ends * 7 / 8, rel=0.01)  # all but the embedding, which stays
+    assert once == pytest.approx(2 * 8 * w.numbers * 7 / 8, rel=0.01)
+
+
+def test_rows_for_experts_are_sent_to_others_whole():
+    settings = ["model.num_hidden_layers=3", "batch_tokens=2048", "sequence=1024", "accumulate=2"]
+    (w,) = plan(settings_of("reference-961m", settings, 2, "ep=2")).walks
+    m = ModelConfig.load("reference-961m")
+    sent = sum(n for t, n in w.traffic.items() if t.what == "all-to-all")
+    rows = (3 - m.first_k_dense_replace) * 4 * 2048 * m.hidden_size * 2  # there and back, twice, in bf16
+    assert rows <= sent <= 1.05 * rows
+    counts = torch.empty(4, 2, dtype=torch.int64)
+    assert _for_others(counts, [1, 1, 1, 1], 2) == 48 and _for_others(counts, [0, 2, 1, 1], 0) == 64
 
 
 @pytest.mark.parametrize(("ranks", "micros"), [(2, 2), (4, 4), (4, 8), (3, 7)])
