@@ -204,14 +204,16 @@ class StateWriter:
         self._staged: dict[str, Tensor] = {}
         self._on_cpu: dict[DeviceMesh, DeviceMesh] = {}  # whose tensors are on another device -> for their copies
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._error: BaseException | None = None  # the thread's
+        self._untold: list[BaseException] = []  # of threads that have ended
 
     def begin(
         self, folder: Path, tensors: Mapping[str, Tensor], open_folder: Callable[[], object], commit: Callable[[], None]
     ) -> None:
         """Writes `tensors` into `folder`: DTensors as this rank's pieces of them, others once. The first rank calls
-        `open_folder` before and `commit` when the files of all ranks are on the disk. Ends the one before first."""
-        self.wait()
+        `open_folder` before and `commit` when the files of all ranks are on the disk. Ends the one before first, whose
+        error does not keep this one from being written: the next `wait` raises it."""
+        self._end()
         staged = {name: self._stage(name, t) for name, t in tensors.items() if _local(t).numel()}
         copied = torch.cuda.Event() if self._device.type == "cuda" else None
         if copied is not None:
@@ -222,13 +224,26 @@ class StateWriter:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written. Raises what went wrong, on every rank."""
+        """Returns when nothing is being written. Raises what went wrong since the last call, on every rank."""
+        self._end()
+        errors, self._untold = self._untold, []
+        if len(errors) > 1:
+            raise CheckpointError("; ".join(map(str, errors))) from errors[0]
+        if errors:
+            raise errors[0]
+
+    @property
+    def failed(self) -> bool:
+        """Whether a state before the one that is being written was not, and `wait` has not said so."""
+        return bool(self._untold)
+
+    def _end(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        if self._error is not None:
+            self._untold.append(self._error)
+            self._error = None
 
     def _stage(self, name: str, tensor: Tensor) -> Tensor:
         local = _local(tensor)
@@ -261,7 +276,9 @@ class StateWriter:
             self._together(commit)
         except CheckpointException as error:
             causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in error.failures.items())
-            self._error = CheckpointError(f"{folder}: not written: {causes}")
+            self._error = CheckpointError(f"{folder}: a state was not written: {causes}")
+        except CheckpointError as error:
+            self._error = CheckpointError(f"{folder}: {error}")
         except BaseException as error:
             self._error = error
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
+from abyssal.checkpoint import CheckpointError
 from abyssal.data import Tokenizer
 from abyssal.files import write_file
 from abyssal.model.transformer import Transformer
@@ -31,6 +33,7 @@ from abyssal.train.validation import Validator
 from abyssal.train.wrap import unwrapped
 
 STATES, STATE_NAN, METRICS, MODEL, CURVES = "state", "state-nan", "metrics.jsonl", "model", "curves.png"
+UNWRITTEN = (OSError, CheckpointError, SafetensorError)  # what saving a state raises
 
 
 @dataclass(frozen=True)
@@ -170,14 +173,28 @@ def _run(trainer: Trainer, console: Console) -> signal.Signals | None:
             trainer.saved()
             return wish if trainer.done < config.steps else None
     except NotFinite as error:
-        folder = config.out / STATE_NAN
-        trainer.save(folder)
-        trainer.saved()
-        raise NotFinite(f"{error}. The state before this step is in {folder}") from None
+        raise NotFinite(f"{error}. {_keep_before(trainer)}") from None
     finally:
         trainer.release()
         if teller is not None:
             teller.close()
+
+
+def _keep_before(trainer: Trainer) -> str:
+    """Saves the state before a step that was not finite, and says where. What goes wrong is said, and not raised: there
+    is worse to tell."""
+    folder, said = trainer.config.out / STATE_NAN, []
+    try:
+        trainer.saved()
+    except UNWRITTEN as error:
+        said.append(f"An earlier state could not be kept: {error}")
+    try:
+        trainer.save(folder)
+        trainer.saved()
+        said.append(f"The state before this step is in {folder}")
+    except UNWRITTEN as error:
+        said.append(f"The state before this step could not be kept: {error}")
+    return ". ".join(said)
 
 
 def _tell(config: TrainConfig, console: Console) -> None:

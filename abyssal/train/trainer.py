@@ -227,13 +227,16 @@ class Trainer:
 
     def save(self, folder: Path, then: Callable[[], None] = lambda: None) -> None:
         """Writes the state after `done` steps; the first rank calls `then` when it is there. Of many ranks each writes
-        its part while the run goes on: `saved` waits for it."""
+        its part while the run goes on: `saved` waits for it. Where an earlier one was not written, this one is waited
+        for here, and then that is raised."""
         about = self._identity() | {"seconds": self.seconds}
         if self._writer is None:
             save_state(folder, self.model, self.optimizer, about)
             then()
         else:
             begin_state(self._writer, folder, self.model, self.optimizer, self._part, about, then)
+            if self._writer.failed:
+                self._writer.wait()
 
     def release(self) -> None:
         """Lets go of captured passes, without which ranks cannot part; a further step would capture them again."""
@@ -241,7 +244,7 @@ class Trainer:
             self.spread.replay.clear()
 
     def saved(self) -> None:
-        """Returns when no state is being written. Raises what went wrong with the last one."""
+        """Returns when no state is being written. Raises what went wrong."""
         if self._writer is not None:
             self._writer.wait()
 

@@ -241,6 +241,44 @@ def test_training_goes_on_while_a_state_is_written(tmp_path: Path, group: Any) -
     assert done == [1, 2]
 
 
+def test_after_an_error_the_next_state_is_written_and_the_error_told(tmp_path: Path, group: Any) -> None:
+    writer, x = StateWriter(group, torch.device("cpu")), torch.arange(6.0)
+
+    def begin(name: str) -> None:
+        folder = tmp_path / name
+        writer.begin(folder, {"x": x}, folder.mkdir, lambda: None)
+
+    for name in ("one", "two"):
+        (tmp_path / name).touch()
+    begin("one")
+    begin("three")
+    with pytest.raises(CheckpointError, match=r"one: a state was not written: rank 0: FileExistsError"):
+        writer.wait()
+    assert torch.equal(StateFiles(tmp_path / "three").rows("x", 0, 6), x)
+    begin("one")
+    begin("two")
+    with pytest.raises(CheckpointError, match=r"one: a state was not written: .*; .*two: a state was not written: "):
+        writer.wait()
+    begin("four")
+    writer.wait()
+    assert torch.equal(StateFiles(tmp_path / "four").rows("x", 0, 6), x)
+
+
+def test_a_run_whose_state_cannot_be_written_ends_with_the_next_one_written(tokens: Path, tmp_path: Path) -> None:
+    assert on_ranks(1, fail_once, tokens, tmp_path) == [None]
+
+
+def fail_once(tokens: Path, tmp_path: Path) -> None:
+    trainer = open_run(tokens, tmp_path, "dp=1", accumulate=1)
+    (tmp_path / "file").touch()
+    trainer.save(tmp_path / "file" / "step-00000000")
+    with pytest.raises(CheckpointError, match=r"step-00000000\S*: a state was not written: .*file"):
+        trainer.save(tmp_path / "state")
+    trainer.restore(tmp_path / "state")
+    trainer.save(tmp_path / "state")
+    trainer.saved()
+
+
 def _parts(trainer: Trainer) -> tuple[Any, Any]:
     return trainer.model, trainer.optimizer
 

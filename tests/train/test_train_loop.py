@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from abyssal.checkpoint import CheckpointError
 from abyssal.config import ConfigError
 from abyssal.data import Tokenizer
 from abyssal.model.objective import Objective
@@ -111,6 +112,32 @@ def test_a_nan_names_step_and_layer(make_config, quiet, monkeypatch, poisoned, w
     assert saved["step"] == 2
     assert [r["step"] for r in read_metrics(config.out / "metrics.jsonl")] == [1, 2]
     assert newest_state(config.out / "state").name == "step-00000002"
+
+
+def test_a_nan_is_told_where_the_state_before_it_cannot_be_kept(make_config, quiet, monkeypatch):
+    config = make_config()
+    step, saved = Trainer.step, Trainer.saved
+    earlier = ["step-00000001: a state was not written"]
+
+    def poison(trainer, micros):
+        (config.out / ".state-nan.tmp").touch()
+        with torch.no_grad():
+            trainer.model.head.weight[0] = math.nan
+        return step(trainer, micros)
+
+    def fail_first(trainer):
+        saved(trainer)
+        if earlier:
+            raise CheckpointError(earlier.pop())
+
+    monkeypatch.setattr(Trainer, "step", poison)
+    with pytest.raises(NotFinite, match=r"first: the output of head. The state before this step could not be kept: \S"):
+        train(config, console=quiet)
+    monkeypatch.setattr(Trainer, "saved", fail_first)
+    with pytest.raises(
+        NotFinite, match=r"of head. An earlier state could not be kept: step-00000001: .* not be kept: "
+    ):
+        train(config, console=quiet)
 
 
 def test_a_gradient_that_is_not_finite_is_named_too(make_config, token_set, monkeypatch):
