@@ -118,7 +118,7 @@ def _tell_memory(config: "TrainConfig") -> None:
     console = Console()
     try:
         with console.status("planning memory"):
-            made = make_plan(config, [0])
+            made = make_plan(config)
     except Exception as error:  # a plan is a help; what is wrong with the run itself is told by the run
         console.print(f"no plan of the memory: {error}", highlight=False, soft_wrap=True)
         return

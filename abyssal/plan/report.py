@@ -90,7 +90,8 @@ def memory_line(made: Plan, capacity: int) -> str:
     """What the fullest of the walked ranks will hold, in words, of a GPU with `capacity` bytes."""
     w = max(made.walks, key=lambda w: w.peak)
     parts = ", ".join(f"{kind} {size / GIB:.1f}" for kind, size in w.memory.items() if size)
-    line = f"memory of a GPU, GiB: {parts}; peak {w.peak / GIB:.1f} of {capacity / GIB:.1f}"
+    where = f" at place {w.stage} of the pipeline, the fullest" if made.order is not None else ""
+    line = f"memory of a GPU{where}, GiB: {parts}; peak {w.peak / GIB:.1f} of {capacity / GIB:.1f}"
     return line if w.peak <= capacity else f"{line}, more than there is; recompute=OPERATIONS or a mesh holds less"
 
 

@@ -122,7 +122,7 @@ def _walk(
             if key.partition("/")[0] in ("exp_avg", "exp_avg_sq", "momentum_buffer")
         ),
         "activations": found.activations,
-    }  # fmt: skip
+    } | found.memory  # fmt: skip
     found.flops, found.passed, found.traffic = dict(work.flops), sum(work.passed.values()), dict(work.traffic)
     return found, order
 
@@ -136,7 +136,8 @@ def _stages(
     As a schedule has it no backward pass sums gradients over the ranks: of all the rank's stages, each parameter's
     float32 sum is alive whole from the stage's first backward pass until the stage's last is done. What a rank holds at
     most is either that beside what waits and what a backward pass makes, or what the end needs: gradients are summed
-    over the ranks block by block, each a copy beside its sum, and pieces of them appear as sums go.
+    over the ranks block by block, each a copy beside its sum, and pieces of them appear as sums go. Beside either lie
+    torch's buffers for what comes from neighbouring stages, one for each microbatch of a step, which it keeps.
     """
     pipeline = spread.pipeline
     assert pipeline is not None
@@ -146,11 +147,14 @@ def _stages(
     order = order_of(scheduled, pipeline.schedule, spread.mesh.shape.pp, pipeline.microbatches, pipeline.halves)
     split = any(kind == "W" for _, kind, _ in order.parts[place])
     width, before = spread.model.config.hidden_size, total(memory)
-    transient = gathered = sums = 0
+    transient = gathered = sums = received = 0
+    crossing = local.tokens.shape[0] * width * 2  # a microbatch from stage to stage
     once = Work(work.context, work.experts)
     for s, stage in zip(pipeline.own, pipeline.stages):
         stage.begin([local], totals, scales)
         x = torch.empty(local.tokens.shape[0], width, dtype=torch.bfloat16, device=DEVICE)
+        with memory:
+            x = x.detach()  # is seen, so that it isn't counted as kept
         start = total(memory)
         # A step's first pass gathers parameters, and its end adds gradients up; what is between does neither.
         with memory, once:
@@ -162,9 +166,11 @@ def _stages(
             second = stage(x.detach().requires_grad_(s > 0))
         # Blocks that are dropped are gathered once a microbatch: a forward pass finds what a backward pass left.
         work.traffic = Counter({t: n if t.what != "all-gather" else counted[t] for t, n in work.traffic.items()})
-        kept = total(memory) - between
-        found.kept[s] = kept
-        gathered += between - start - kept
+        grown = total(memory) - between
+        # What comes out stays till the backward pass; a stage of the same rank has it as its buffer.
+        found.kept[s] = grown - (crossing if s + 1 in pipeline.own else 0)
+        received += pipeline.microbatches * crossing * ((s > 0) + (s + 1 < pipeline.count))
+        gathered += between - start - grown
         with memory:
             _backward(stage, first)
             del first
@@ -172,18 +178,18 @@ def _stages(
                 for block in (m for m in stage.modules() if m is not stage and isinstance(m, FSDPModule)):
                     block.reshard()
         made = total(memory)
-        sums += made - between  # and `kept`, of the second, which `between` lacks and the first let go of
+        sums += made - between  # the second is there instead of the first
         with memory, work:
             _backward(stage, second)
             del second
         transient = max(transient, total(memory, "peak") - made)
         if split:  # a half makes the gradients of all of a stage's weights, as wide as these, before it adds them up
-            transient = max(transient, between - start - kept)
+            transient = max(transient, between - start - grown)
         for neighbour in (s + 1 if s + 1 < pipeline.count else None, s - 1 if s else None):
             if neighbour is not None and neighbour not in pipeline.own:
                 far = spread.mesh.size(*STAGE) >= NODE
                 sent = Traffic("send", "InfiniBand" if far else "NVLink", 2)
-                work.traffic[sent] += x.numel() * x.element_size()
+                work.traffic[sent] += crossing
         del x
         stage.end()
     ends = scheduled._stages if hasattr(scheduled, "_stages") else [scheduled._stage]
@@ -200,7 +206,9 @@ def _stages(
             found.once[t] = size
     found.waiting, found.activations = order.waiting(place), order.held(place, found.kept)
     moments = total(memory) - before  # what a step leaves behind, which lies there in all that follow
-    found.peak = max(moments + max(before + gathered + sums + found.activations + transient, ending), stepped)
+    during = before + gathered + sums + found.activations + transient
+    found.peak = received + max(moments + max(during, ending), stepped)
+    found.memory = {"parameters, bf16": gathered, "gradients": sums, "received": received}
     return order
 
 

@@ -1,12 +1,13 @@
 """A plan's numbers against what is known by other ways: costs, formulas, and what a real step allocates."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from abyssal.cli import app
+from abyssal.cli import _tell_memory, app
 from abyssal.config import ConfigError, ModelConfig
 from abyssal.costs import inspect
 from abyssal.plan import plan
@@ -206,6 +207,36 @@ def test_a_run_on_a_gpu_is_told_what_it_will_hold(alone):
     assert f"peak {alone.walks[0].peak / 2**30:.1f}" in text
     assert "recompute" not in text
     assert "more than there is; recompute=" in memory_line(alone, 2**30)
+
+
+def test_the_fullest_place_of_a_pipeline_is_told(monkeypatch, capsys):
+    """By the run itself, too: here the last place, which has the head, and not the first."""
+    settings = ["model.num_hidden_layers=4", "model.first_k_dense_replace=3", "batch_tokens=256", "sequence=256"]
+    config = settings_of("reference-961m", [*settings, "model.num_nextn_predict_layers=2"], 2, "pp=2")
+    made = plan(config)
+    first, last = made.walks
+    assert last.peak > 1.1 * first.peak
+    text = memory_line(made, 80 * 2**30)
+    assert text.startswith("memory of a GPU at place 1 of the pipeline, the fullest, GiB: parameters, float32")
+    assert f"peak {last.peak / 2**30:.1f}" in text
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.delenv("RANK", raising=False)
+    _tell_memory(config)
+    assert text in capsys.readouterr().out
+
+
+def test_buffers_of_a_pipeline_are_of_all_microbatches():
+    settings = [*SMALL, "model.num_hidden_layers=4", "schedule=zbv"]
+    few, many = (
+        plan(settings_of("reference-961m", [*settings, f"accumulate={n}"], 2, "pp=2"), [0, 1]).walks for n in (8, 16)
+    )
+    one = 2048 * ModelConfig.load("reference-961m").hidden_size * 2
+    # The first place has both ends: gradients come to one, the last stage's input to the other.
+    assert [w.memory["received"] for w in few] == [8 * one * 2, 8 * one * 4]
+    assert [b.memory["received"] - a.memory["received"] for a, b in zip(few, many)] == [16 * one, 32 * one]
+    assert [b.peak - b.activations - (a.peak - a.activations) for a, b in zip(few, many)] == [16 * one, 32 * one]
 
 
 def test_the_command(tmp_path):
