@@ -119,10 +119,10 @@ def _memory(p: Plan) -> Table:
     table.add_row("numbers owned, millions", *(f"{w.numbers / 1e6:,.1f}" for w in p.walks))
     for kind in p.walks[0].memory:
         table.add_row(kind, *(f"{w.memory[kind] / GIB:.2f}" for w in p.walks))
-    if p.order is not None:
-        each = [" and ".join(f"{size / GIB:.2f}" for size in w.kept.values()) for w in p.walks]
-        table.add_row("  of a microbatch, by stage", *each, style="dim")
-        table.add_row("  passes that wait", *(str(w.waiting) for w in p.walks), style="dim")
+        if kind == "activations" and p.order is not None:
+            each = [" and ".join(f"{size / GIB:.2f}" for size in w.kept.values()) for w in p.walks]
+            table.add_row("  of a microbatch, by stage", *each, style="dim")
+            table.add_row("  passes that wait", *(str(w.waiting) for w in p.walks), style="dim")
     table.add_row("peak", *(f"{w.peak / GIB:.2f}" for w in p.walks), style="bold")
     return table
 
