@@ -208,7 +208,7 @@ def generate(
     from abyssal.engine import Sampling
 
     if prompt_file is not None:
-        prompts = [line for line in prompt_file.read_text().splitlines() if line]
+        prompts = [line for line in prompt_file.read_text("utf-8").split("\n") if line]
     else:
         prompts = prompt or []
     if not prompts:
@@ -218,7 +218,7 @@ def generate(
         repetition_penalty=repetition_penalty, stop=tuple(stop or ()), ignore_eos=ignore_eos,
     )  # fmt: skip
     llm = _llm(model, dtype, device, batch, speculation, drafts, compiled, quiet=as_json)
-    pieces = llm.stream(prompts, sampling)
+    pieces, failed = llm.stream(prompts, sampling), list[str]()
     if as_json:
         outputs = sorted((p for p in pieces if p.output is not None), key=lambda p: p.index)
         for piece in outputs:
@@ -231,6 +231,10 @@ def generate(
         for piece in sorted((p for p in pieces if p.output is not None), key=lambda p: p.index):
             assert piece.output is not None
             print(f"--- {piece.index}: {prompts[piece.index]}{piece.output.text}")
+            if piece.output.error:
+                failed.append(f"prompt {piece.index}: {piece.output.error}")
+    if failed:
+        raise ValueError("; ".join(failed))
     Console(stderr=True).print(_costs(llm.totals))
 
 

@@ -235,6 +235,7 @@ def _check(c: ModelConfig) -> None:
             f"a divisor of n_routed_experts ({experts})",
         )
         need(0 < c.topk_group <= c.n_group, "topk_group", f"1 to n_group ({c.n_group})")
+        need(c.topk_method != "greedy" or c.n_group == 1, "n_group", "1, as topk_method 'greedy' looks at no groups")
         within = experts // c.n_group * c.topk_group
         need(chosen <= within, "num_experts_per_tok", f"at most the {within} experts of topk_group groups")
         alone = c.n_group > 1 and c.router_bias and experts == c.n_group

@@ -97,6 +97,13 @@ def read_public(public: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
+def read_rope_scaling(settings: dict[str, Any]) -> Yarn | None:
+    """`rope_scaling` alone, in which `type` may be left out. Raises ConfigError naming the key."""
+    typed = settings if {"type", "rope_type"} & settings.keys() else {"type": "yarn", **settings}
+    scaling: Yarn | None = _rotary({"rope_scaling": typed})["rope_scaling"]
+    return scaling
+
+
 def _rotary(public: dict[str, Any]) -> dict[str, Any]:
     """Both spellings: `rope_theta` with `rope_scaling` (the public checkpoints), `rope_parameters` (transformers 5)."""
     key = "rope_parameters" if public.get("rope_parameters") is not None else "rope_scaling"
@@ -176,7 +183,7 @@ def write_public(config: ModelConfig) -> dict[str, Any]:
         for key in ("attention", "position"):
             del now[key]
             public.pop(key, None)
-        if "mtp_moe" not in public:
+        if "mtp_moe" not in public and now["mtp_moe"]:
             del now["mtp_moe"]
     # A key that is left out means what the new type means by it.
     before = read_public({**public, "model_type": model_type}) if public else {}
@@ -188,6 +195,8 @@ def write_public(config: ModelConfig) -> dict[str, Any]:
         name: value for name, value in now.items()
         if value != before.get(name, defaults[name] if public else absent)
     }  # fmt: skip
+    if "topk_method" in changed:  # what was written of groups may have meant nothing
+        changed |= {name: now[name] for name in ("n_group", "topk_group")}
     for name in ("rope_theta", "rope_scaling"):
         if name in changed:
             _write_rotary(public, name, changed.pop(name))

@@ -1,14 +1,17 @@
 """The command line from end to end: train a tiny model, generate from it, and be told what is wrong."""
 
+import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from abyssal import cli
+from abyssal import LLM, Sampling, cli
+from abyssal.engine.request import Piece
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,28 @@ def test_text_and_costs_for_people(run: Path) -> None:
     assert result.exit_code == 0
     assert "--- 0: def" in result.output and "--- 1: x" in result.output
     assert "bytes allocated" in result.output and "MHA would take" in result.output
+
+
+def test_prompts_of_a_file_are_its_lines(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts").write_text("def \u2028x\n\ndef é\r\n", "utf-8")
+    arguments = ["generate", str(run), "--prompt-file", str(tmp_path / "prompts"), "--max-tokens", "2", "--json"]
+    lines = [line for line in CliRunner().invoke(cli.app, arguments).stdout.split("\n") if line]
+    assert len(lines) == 2
+
+
+def test_of_several_prompts_one_that_fails_is_told(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stream(self: LLM, prompts: list[str], sampling: Sampling) -> Iterator[Piece]:
+        for piece in real(self, prompts, sampling):
+            if piece.output is not None and piece.index == 0:
+                broken = dataclasses.replace(piece.output, finish="error", error="the logits are not finite")
+                piece = dataclasses.replace(piece, output=broken)
+            yield piece
+
+    real = LLM.stream
+    monkeypatch.setattr(LLM, "stream", stream)
+    arguments = ["generate", str(run), "--prompt", "def ", "--prompt", "x", "--max-tokens", "2"]
+    result = CliRunner().invoke(cli.app, arguments)
+    assert "--- 1: x" in result.output and "prompt 0: the logits are not finite" in str(result.exception)
 
 
 def test_chat(run: Path) -> None:

@@ -136,6 +136,10 @@ def test_null_stands_for_left_out() -> None:
 def test_greedy_looks_at_no_groups() -> None:
     config = ModelConfig.from_dict(public(scoring_func="softmax", topk_method="greedy", n_group=4, topk_group=1))
     assert (config.n_group, config.topk_group) == (1, 1)
+    grouped = config.replace(topk_method="group_limited_greedy")  # what the file says of groups meant nothing
+    assert ModelConfig.from_dict(grouped.to_dict()) == grouped
+    with pytest.raises(ConfigError, match="n_group: expected 1, as topk_method 'greedy' looks at no groups"):
+        ModelConfig.load("tiny").replace(topk_method="greedy")
 
 
 def test_transformers_name_for_the_mtp_modules_is_read() -> None:
@@ -188,6 +192,7 @@ CHANGES: list[dict[str, Any]] = [
     {"q_lora_rank": None},
     {"scoring_func": "softmax", "topk_method": "group_limited_greedy", "n_group": 2, "topk_group": 1},
     {"scoring_func": "softmax", "topk_method": "greedy", "n_group": 1, "topk_group": 1},
+    {"num_nextn_predict_layers": 1, "mtp_moe": False},
     {"model_type": "deepseek_v2"},
     {"model_type": "glm4_moe_lite"},
     {"tie_word_embeddings": True, "rms_norm_eps": 1e-5, "routed_scaling_factor": 1.0},

@@ -129,6 +129,8 @@ class LLM:
     # ---- a call -------------------------------------------------------------------------------------------
 
     def _run(self, requests: list[Request]) -> Iterator[Piece]:
+        if self.engine is not None and self.engine.busy:  # requests of two calls would be taken for each other
+            raise RuntimeError("LLM: a stream of this model is not over; read it to its end, or close it, first")
         engine = self._prepare(requests)
         before = replace(engine.metrics, drafted=list(engine.metrics.drafted), accepted=list(engine.metrics.accepted))
         self.totals = totals = Totals(cache_bytes=engine.runner.cache.bytes)

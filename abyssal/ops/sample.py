@@ -134,14 +134,16 @@ def likeliest(logits: Tensor, tokens: Tensor, n: int, allowed: int | None = None
     """Log-probabilities (natural) of `tokens [S, W]`, `[S, W]`; and the `n` likeliest ids, best first, `[S, W, n]`
     int64, and their log-probabilities, `[S, W, n]`; fewer where the vocabulary is smaller. All float32 or wider.
 
-    `logits [S, W, V]` as the model gave them: before anything was done to them. Ids from `allowed` on do not count.
+    `logits [S, W, V]` as the model gave them: before anything was done to them. Ids from `allowed` on do not count:
+    among `tokens`, which may be a prompt's, they have -inf.
     """
     logits = logits[..., :allowed]
     wide = torch.promote_types(logits.dtype, torch.float32)
     total = logits.to(wide).logsumexp(-1, keepdim=True)
     values, ids = logits.topk(min(n, logits.shape[-1]))
-    own = logits.gather(-1, tokens.clamp(min=0)[..., None]).to(wide) - total
-    return own.squeeze(-1), ids, values.to(wide) - total
+    own = logits.gather(-1, tokens.clamp(0, logits.shape[-1] - 1)[..., None]).to(wide) - total
+    own = own.squeeze(-1).masked_fill(tokens >= logits.shape[-1], float("-inf"))
+    return own, ids, values.to(wide) - total
 
 
 def uniform(seed: Tensor, position: Tensor, stream: int) -> Tensor:

@@ -30,7 +30,7 @@ async def complete(service: Service, body: CompletionRequest, salt: str, request
     prompts = _checked_prompts(body, service)
     encoded = await service.aside(lambda: [_encoded(prompt, service) for prompt in prompts])
     asked = max_tokens_of(body, encoded, service, "prompt")
-    _check_echo(body, encoded, service.limits)
+    _check_echo(body, encoded, service.tokenizer.vocab_size, service.limits)
     grammar = grammar_of(body, service.limits)
     jobs = []
     for prompt in encoded:
@@ -79,9 +79,15 @@ def _checked_prompts(body: CompletionRequest, service: Service) -> Sequence[str 
     return prompts
 
 
-def _check_echo(body: CompletionRequest, prompts: Sequence[Sequence[int]], limits: Limits) -> None:
-    """Raises ApiError 400 where a prompt's log-probabilities would be too many to hold and to send."""
-    if not body.echo or body.logprobs is None:
+def _check_echo(body: CompletionRequest, prompts: Sequence[Sequence[int]], known: int, limits: Limits) -> None:
+    """Raises ApiError 400 where a prompt has no text, or its log-probabilities would be too many to hold and to
+    send."""
+    if not body.echo:
+        return
+    beyond = next((id for ids in prompts for id in ids if id >= known), None)
+    if beyond is not None:
+        raise ApiError(400, f"prompt: token {beyond} has no text, which echo would say", param="prompt")
+    if body.logprobs is None:
         return
     count, each = (body.n or 1) * sum(map(len, prompts)), 1 + body.logprobs
     if count * each > limits.echo_logprobs:

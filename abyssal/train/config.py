@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from abyssal.config import ConfigError, ModelConfig
+from abyssal.config import ConfigError, ModelConfig, preset_names
+from abyssal.public_config import read_rope_scaling
 from abyssal.train.recompute import OPERATIONS
 from abyssal.train.recompute import parse as parse_operations
 
@@ -142,8 +143,12 @@ class TrainConfig(BaseModel):
         changes: dict[str, Any] = {}
         for key, value in self.model_overrides.items():
             try:
-                nested = isinstance(value, dict)  # YaRN's settings, a dataclass
-                changes[key] = TypeAdapter(cast(type, types[key])).validate_python(value, strict=not nested)
+                if key == "rope_scaling" and isinstance(value, dict):  # as a config.json's is read
+                    changes[key] = read_rope_scaling(value)
+                else:
+                    changes[key] = TypeAdapter(cast(type, types[key])).validate_python(value, strict=True)
+            except ConfigError as error:
+                raise ConfigError(f"model.{error}") from None
             except ValidationError as error:
                 raise ConfigError(f"model.{key}: {error.errors()[0]['msg']}, got {value!r}") from None
         try:
@@ -159,7 +164,8 @@ class TrainConfig(BaseModel):
     def anchored(self) -> Self:
         """A copy whose paths mean the same from any working directory."""
         paths = {key: Path(value).absolute() for key in ("data", "tokenizer", "out") if (value := getattr(self, key))}
-        model = str(Path(self.model).absolute()) if Path(self.model).exists() else self.model
+        named = self.model in preset_names() or not Path(self.model).exists()  # a preset comes before a folder
+        model = self.model if named else str(Path(self.model).absolute())
         return self.model_copy(update={**paths, "model": model})
 
 

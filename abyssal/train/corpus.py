@@ -48,9 +48,10 @@ def _prepare(config: TrainConfig, model: ModelConfig, console: Console) -> Token
     limit = config.data_max_bytes
     most = "" if limit is None else f" of {limit:,} bytes of text at most (data_max_bytes)"
     console.print(f"making token shards in {config.out / TOKENS}{most}", highlight=False, soft_wrap=True)
-    return prepare(
-        config.data, tokenizer, config.out / TOKENS, max_bytes=config.data_max_bytes, progress=console.is_terminal
-    )
+    return prepare(  # with the id before each document that the tokenizer puts before every prompt
+        config.data, tokenizer, config.out / TOKENS, max_bytes=limit, add_bos=tokenizer.adds_bos,
+        progress=console.is_terminal,
+    )  # fmt: skip
 
 
 def _texts(data: Path | None, most: int | None) -> Iterator[str]:

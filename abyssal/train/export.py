@@ -50,7 +50,8 @@ def tokenizer_of(state: Path) -> Tokenizer | None:
     """The tokenizer that the run of `state` read its tokens by; None if neither its data nor its folder is there."""
     about = read_trainer(state)
     data = about["config"].get("data")
-    for folder in (*([Path(data)] if data else []), state.parent.parent / TOKENS):
+    run = state.resolve().parent  # of `state-nan`; other states lie one deeper
+    for folder in (*([Path(data)] if data else []), run.parent / TOKENS, run / TOKENS):
         if (folder / INDEX).is_file():
             tokenizer = Tokenizer.load(TokenSet.open(folder).tokenizer)
             if tokenizer.fingerprint == about["data"]["tokenizer_sha256"]:

@@ -205,6 +205,18 @@ def test_a_stream_that_nobody_reads_to_its_end_and_a_refusal_leave_nothing_behin
     assert llm.engine is not None and llm.engine.pages.free == llm.engine.options.pages - 1
 
 
+def test_a_call_within_a_stream_is_refused_and_leaves_the_stream_alone() -> None:
+    """Requests are numbered from 0 in each call: of two at once, one would get the other's."""
+    llm = LLM(opinionated())
+    llm.generate(prompts()[0], GREEDY)
+    stream = llm.stream(prompts(), GREEDY)
+    pieces = [next(stream)]
+    with pytest.raises(RuntimeError, match="a stream of this model is not over"):
+        llm.generate(prompts()[0], GREEDY)
+    outputs = [piece.output for piece in [*pieces, *stream] if piece.output is not None]
+    assert [len(output.tokens) for output in outputs] == [12] * 5
+
+
 def test_bad_settings_are_named() -> None:
     with pytest.raises(ValueError, match="drafts: expected 0, as there is no MTP module, got 1"):
         LLM(opinionated(num_nextn_predict_layers=0), drafts=1)

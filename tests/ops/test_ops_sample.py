@@ -445,6 +445,12 @@ def test_likeliest_is_top_logprobs_of_each_row(V: int, n: int, narrow: bool, see
         assert values[s, w].tolist() == pytest.approx([v for _, v in top], abs=1e-5)
 
 
+def test_a_prompts_id_that_does_not_count_has_no_probability() -> None:
+    """As of a vocabulary that is wider than the tokenizer's, whose ids a prompt may hold."""
+    own, ids, _ = likeliest(torch.zeros(1, 3, 8), torch.tensor([[5, 6, 7]]), 2, allowed=6)
+    assert own[0].tolist() == [pytest.approx(-math.log(6)), -math.inf, -math.inf] and int(ids.max()) < 6
+
+
 def test_an_unknown_path_is_refused() -> None:
     with pytest.raises(ValueError, match="path: expected 'reference' or 'triton', got 'fast'"):
         draw(torch.zeros(1, 2), torch.zeros(1).long(), plain(1), path="fast")

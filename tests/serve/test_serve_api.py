@@ -1,6 +1,7 @@
 """The API without a socket: answers, streams, limits, keys and errors, over an engine that says what it is told to."""
 
 import asyncio
+import dataclasses
 import json
 from typing import Any
 
@@ -307,6 +308,16 @@ def test_echo_is_bounded_by_how_many_logprobs_it_brings(tokenizer: Tokenizer, cl
         assert (status, found["param"]) == (400, "echo") and "at most 60" in found["message"]
     answer(engine, client, COMPLETE, most | {"logprobs": None, "n": 9}, limits=limits)
     answer(engine, client, COMPLETE, most | {"echo": False, "n": 9}, limits=limits)
+
+
+def test_echo_refuses_ids_without_a_text(tokenizer: Tokenizer, client: Client) -> None:
+    """A model's vocabulary may be wider than its tokenizer's."""
+    engine = FakeEngine(tokenizer)
+    engine.info = dataclasses.replace(engine.info, vocab_size=tokenizer.vocab_size + 3)
+    body = {"prompt": [65, tokenizer.vocab_size + 2], "echo": True}
+    for more in ({}, {"logprobs": 0}):
+        status, found = error(engine, client, COMPLETE, body | more)
+        assert (status, found["param"]) == (400, "prompt") and "has no text" in found["message"]
 
 
 def test_health_is_red_while_the_engine_has_work_and_says_nothing(tokenizer: Tokenizer, client: Client) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from abyssal.config import ConfigError
+from abyssal.config import ConfigError, ModelConfig
 from abyssal.train import TrainConfig, run_names
 
 BASE = {"model": "tiny", "out": "run", "steps": 100}
@@ -70,11 +70,28 @@ def test_missing_key_is_named():
     [
         ({"hidden_size": "64"}, "model.hidden_size: .*integer, got '64'"),
         ({"num_experts_per_tok": 99}, "model: num_experts_per_tok"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 4}},
+            "model.rope_scaling.type: abyssal implements 'default'",
+        ),
+        ({"rope_scaling": {"factor": 4, "mscale_all_dims": 1}}, "model.rope_scaling.mscale_all_dims: not a setting of"),
+        ({"rope_scaling": {"factor": 4}}, "model.rope_scaling.original_max_position_embeddings: expected a number"),
     ],
 )
 def test_model_overrides_are_checked(overrides, message):
     with pytest.raises(ConfigError, match=message):
         TrainConfig.of(BASE | {"model_overrides": overrides}).model_settings()
+
+
+def test_a_preset_comes_before_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()  # as `out=tiny` leaves
+    assert TrainConfig.read("tiny").anchored().model_settings() == ModelConfig.load("tiny")
+    (tmp_path / "mine").mkdir()
+    own = ModelConfig.load("tiny").replace(hidden_size=32).to_dict()
+    (tmp_path / "mine" / "config.json").write_text(json.dumps(own))
+    anchored = TrainConfig.read("tiny", ["model=mine"]).anchored()
+    assert anchored.model == str(tmp_path / "mine") and anchored.model_settings().hidden_size == 32
 
 
 def test_files_that_cannot_be_read(tmp_path):

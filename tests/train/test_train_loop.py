@@ -1,7 +1,10 @@
 """Whole runs: the loss falls, the files are there, a NaN is found."""
 
 import io
+import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +12,11 @@ from rich.console import Console
 
 from abyssal.checkpoint import CheckpointError
 from abyssal.config import ConfigError
-from abyssal.data import Tokenizer
+from abyssal.data import Tokenizer, TokenSet
 from abyssal.model.objective import Objective
 from abyssal.model.transformer import Transformer
 from abyssal.train import NotFinite, TrainConfig, read_metrics, train
+from abyssal.train.export import tokenizer_of
 from abyssal.train.state import newest_state, read_trainer
 from abyssal.train.trainer import Trainer
 from abyssal.train.validation import Validator
@@ -112,6 +116,39 @@ def test_a_nan_names_step_and_layer(make_config, quiet, monkeypatch, poisoned, w
     assert saved["step"] == 2
     assert [r["step"] for r in read_metrics(config.out / "metrics.jsonl")] == [1, 2]
     assert newest_state(config.out / "state").name == "step-00000002"
+
+
+def test_a_state_finds_its_tokenizer_wherever_it_lies_in_the_run(make_config, quiet, text, monkeypatch):
+    config = make_config(data=str(text), steps=1)
+    train(config, console=quiet)
+    made = Tokenizer.load(config.out / "tokens" / "tokenizer").fingerprint
+    state = newest_state(config.out / "state")
+    shutil.copytree(state, config.out / "state-nan")
+    text.rename(text.with_suffix(".gone"))
+    try:
+        for folder in (state, config.out / "state-nan"):
+            assert tokenizer_of(folder).fingerprint == made
+        monkeypatch.chdir(config.out)
+        assert tokenizer_of(Path("state-nan")).fingerprint == made
+    finally:
+        text.with_suffix(".gone").rename(text)
+
+
+def test_documents_begin_with_what_every_prompt_begins_with(make_config, quiet, text, tmp_path):
+    """Where the tokenizer is told to begin a text with an id, the model is trained to see it there."""
+    Tokenizer.train(["the cat sat on a mat and saw 1234 birds"], 320).save(tmp_path / "given")
+    file = tmp_path / "given" / "tokenizer_config.json"
+    for adds in (False, True):
+        told = json.loads(file.read_text())
+        file.write_text(json.dumps(told | {"add_bos_token": adds}))
+        config = make_config(
+            data=str(text), tokenizer=str(tmp_path / "given"), out=str(tmp_path / f"run-{adds}"), steps=1
+        )
+        train(config, console=quiet)
+        tokenizer = Tokenizer.load(config.out / "model")
+        assert tokenizer.bos_id is not None and tokenizer.adds_bos == adds
+        first = TokenSet.open(config.out / "tokens").split("train").document(0)[0]
+        assert (first == tokenizer.bos_id) == adds
 
 
 def test_a_nan_is_told_where_the_state_before_it_cannot_be_kept(make_config, quiet, monkeypatch):
