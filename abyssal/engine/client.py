@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from abyssal.engine.messages import Assembly, from_sampling, line
+from abyssal.engine.messages import Assembly, Blamed, from_sampling, line
 from abyssal.engine.options import PRIORITIES
 from abyssal.engine.request import Piece
 from abyssal.engine.sampling import Sampling
@@ -39,11 +39,12 @@ class QueueFull(RuntimeError):
 
 
 class Refused(ValueError):
-    """What the engine's worker finds wrong with a request; `grammar`: with its grammar."""
+    """What the engine's worker finds wrong with a request, or with its grammar, as `blamed` says; where that is "busy",
+    nothing but that too many grammars are being compiled, and the request may come again."""
 
-    def __init__(self, message: str, grammar: bool) -> None:
+    def __init__(self, message: str, blamed: Blamed) -> None:
         super().__init__(message)
-        self.grammar = grammar
+        self.blamed = blamed
 
 
 @dataclass(frozen=True)
@@ -264,10 +265,10 @@ class AsyncEngine:
             if id in self._streams:
                 self._streams[id]._whole.prompt(part)
         if "refused" in message:
-            id, said, grammar = message["refused"]
+            id, said, blamed = message["refused"]
             stream = self._streams[id]
             self._ended_of(stream, stream._running)
-            stream._pieces.put_nowait(Refused(said, grammar))
+            stream._pieces.put_nowait(Refused(said, blamed))
 
     def _ended_of(self, stream: RequestStream, samples: int) -> None:
         self._samples -= samples

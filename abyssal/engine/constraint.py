@@ -42,6 +42,10 @@ class GrammarError(ValueError):
     """A grammar that cannot be compiled or followed, or a token that it forbids."""
 
 
+class GrammarsBusy(GrammarError):
+    """As many others are being compiled as may: nothing is wrong with this one, which may be tried again."""
+
+
 class Grammars:
     """Compiles grammars for one tokenizer. May be called from several threads."""
 
@@ -62,7 +66,8 @@ class Grammars:
         self._vocabulary: _Vocabulary | None = None
 
     def compile(self, grammar: Grammar) -> "Constraint":
-        """A constraint at the beginning of its text. Raises GrammarError naming what is wrong."""
+        """A constraint at the beginning of its text. Raises GrammarError naming what is wrong, and
+        GrammarsBusy where it has to wait for too long."""
         with self._lock:
             found = self._compiled.get(grammar)
             if found is not None:
@@ -106,7 +111,7 @@ class Grammars:
     def _within_seconds(self, source: str, name: str) -> "Constraint":
         vocabulary = self._llguidance()
         if not self._slots.acquire(timeout=self._seconds):
-            raise GrammarError(f"{name}: {COMPILING} other grammars are being compiled; try again later")
+            raise GrammarsBusy(f"{name}: {COMPILING} other grammars are being compiled; try again later")
         results: list[Constraint | Exception] = []
         done = threading.Event()
 

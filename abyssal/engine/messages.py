@@ -7,7 +7,7 @@ prompt's log-probabilities `ENTRIES` at a time and once a request, and an Output
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from abyssal.engine.request import Inside, Output, Piece, TokenLogprob
 from abyssal.engine.sampling import Grammar, Sampling
@@ -16,6 +16,7 @@ GROUP = 1 << 16  # bytes of pieces in a line; a single one that is larger has a 
 ENTRIES = 4096  # log-probabilities of a prompt in a line
 
 Logprobs = list[TokenLogprob | None]
+Blamed = Literal["request", "grammar", "busy"]  # for a refusal; "busy": others, whose grammars are being compiled
 
 
 def line(message: dict[str, Any]) -> bytes:

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 import torch
 
 from abyssal.engine.client import EngineInfo, EngineSettings
-from abyssal.engine.constraint import COMPILING, Constraint
+from abyssal.engine.constraint import COMPILING, Constraint, GrammarsBusy
 from abyssal.engine.engine import Engine
 from abyssal.engine.llm import LLM
-from abyssal.engine.messages import line, lines, to_sampling
+from abyssal.engine.messages import Blamed, line, lines, to_sampling
 from abyssal.engine.request import Finish, Output, Piece, Request
 from abyssal.engine.runner import PAGE
 
@@ -133,8 +133,10 @@ class Worker:
         if waiting.over:
             return
         del self.compiling[waiting.request.id]
-        if isinstance(result, ValueError):  # a grammar that can't be, or a package that is missing
-            self.refuse(waiting.request, str(result), grammar=True)
+        if isinstance(result, GrammarsBusy):
+            self.refuse(waiting.request, str(result), "busy")
+        elif isinstance(result, ValueError):  # a grammar that can't be, or a package that is missing
+            self.refuse(waiting.request, str(result), "grammar")
         elif isinstance(result, Exception):
             self.end(waiting.request, "error", f"{type(result).__name__}: {result}")
         else:
@@ -145,9 +147,9 @@ class Worker:
         del self.compiling[waiting.request.id]
         self.end(waiting.request, finish)
 
-    def refuse(self, request: Request, error: str, grammar: bool = False) -> None:
+    def refuse(self, request: Request, error: str, blamed: Blamed = "request") -> None:
         self.forget(request.id)
-        self.say(refused=[request.id, error, grammar])
+        self.say(refused=[request.id, error, blamed])
 
     def end(self, request: Request, finish: Finish, error: str | None = None) -> None:
         """Of a request that the engine has not seen."""

@@ -56,14 +56,14 @@ async def chat(service: Service, format: ChatFormat, body: ChatRequest, salt: st
     answer = _Answer(service, format, body, prompt)
     if body.stream:
         return EventStream(answer.events(job), service)
-    found: list[ChatCompletion] = []
+    found: list[str] = []
 
     async def collect() -> None:
         found.append(await answer.whole(job))
 
     if not await unless_gone(request.receive, collect()):
         return Response(status_code=400)  # nobody reads this
-    return Response(found[0].model_dump_json(exclude_unset=True), media_type="application/json")
+    return Response(found[0], media_type="application/json")
 
 
 def _prepared(service: Service, format: ChatFormat, body: ChatRequest) -> tuple[ChatPrompt, list[int]]:
@@ -126,7 +126,8 @@ class _Answer:
             last.choices, last.usage = [], tally.usage()
             yield event(last)
 
-    async def whole(self, job: Job) -> ChatCompletion:
+    async def whole(self, job: Job) -> str:
+        """The answer in JSON."""
         tally = Tally()
         samples = [_Sample(reader) for reader in self._readers]
         async with aclosing(pieces(self._service, [job])) as found:
@@ -138,14 +139,19 @@ class _Answer:
                 if piece.output is not None:
                     tally.add(0, piece.output)
                     sample.output = piece.output
-        return ChatCompletion(
-            id=self._id,
-            object="chat.completion",
-            created=self._created,
-            model=self._service.name,
-            choices=[self._choice(index, sample) for index, sample in enumerate(samples)],
-            usage=tally.usage(),
-        )
+
+        def written() -> str:
+            answer = ChatCompletion(
+                id=self._id,
+                object="chat.completion",
+                created=self._created,
+                model=self._service.name,
+                choices=[self._choice(index, sample) for index, sample in enumerate(samples)],
+                usage=tally.usage(),
+            )
+            return answer.model_dump_json(exclude_unset=True)
+
+        return await self._service.aside(written) if self._body.logprobs else written()
 
     def _choice(self, index: int, sample: _Sample) -> ChatChoice:
         output = sample.output

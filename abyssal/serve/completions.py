@@ -175,24 +175,21 @@ class _Answer:
         output = sample.output
         assert output is not None
         tokens, logprobs, text = list(output.tokens), list(output.logprobs or ()), sample.text
-        if self._body.echo:
-            text = self._service.tokenizer.decode(output.prompt_tokens, special=True) + text
+        before = self._service.tokenizer.decode(output.prompt_tokens, special=True) if self._body.echo else ""
         written = None
         if self._body.logprobs is not None:
-            writer = self._writer(0)
+            written = self._writer(len(before)).write(logprobs, tokens)
             if self._body.echo:
-                own = writer.write(output.prompt_logprobs or [None] * len(output.prompt_tokens), output.prompt_tokens)
-                rest = writer.write(logprobs, tokens)
-                written = TextLogprobs(**{key: value + getattr(rest, key) for key, value in own})
-            else:
-                written = writer.write(logprobs, tokens)
-        choice = TextChoice(index=index, text=text, logprobs=written, finish_reason=finish_reason(output))
+                found = output.prompt_logprobs or [None] * len(output.prompt_tokens)
+                own = self._writer(0, special=True).write(found, output.prompt_tokens)
+                written = TextLogprobs(**{key: value + getattr(written, key) for key, value in own})
+        choice = TextChoice(index=index, text=before + text, logprobs=written, finish_reason=finish_reason(output))
         if self._body.inspect:
             choice.abyssal = View(spans=sample.spans, inside=sample.inside)
         return choice
 
-    def _writer(self, offset: int) -> TextLogprobWriter:
-        return TextLogprobWriter(self._body.logprobs or 0, self._service.tokenizer, offset)
+    def _writer(self, offset: int, special: bool = False) -> TextLogprobWriter:
+        return TextLogprobWriter(self._body.logprobs or 0, self._service.tokenizer, offset, special)
 
     def _logprobs(self, writer: TextLogprobWriter, piece: Piece) -> TextLogprobs | None:
         if self._body.logprobs is None:

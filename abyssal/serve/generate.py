@@ -57,8 +57,8 @@ class Tally:
 async def pieces(service: Service, jobs: Sequence[Job]) -> AsyncGenerator[tuple[int, Piece], None]:
     """Every piece with the number of its job, as it comes. Closing the generator aborts what still runs.
 
-    Raises ApiError: 429 where the queue is full, 503 where the engine is dead or the server is shutting down, 400 for
-    what the engine refuses.
+    Raises ApiError: 429 where the queue is full, 503 where the engine is dead, the server is shutting down or too many
+    grammars are being compiled, 400 for what the engine refuses.
     """
     streams: list[RequestStream] = []
     try:
@@ -74,7 +74,9 @@ async def pieces(service: Service, jobs: Sequence[Job]) -> AsyncGenerator[tuple[
     except EngineDead:
         raise dead() from None
     except Refused as error:
-        if error.grammar:
+        if error.blamed == "busy":
+            raise ApiError(503, str(error), code="busy", retry_after=2) from None
+        if error.blamed == "grammar":
             raise ApiError(400, str(error), param="response_format", code="bad_grammar") from None
         raise ApiError(400, str(error)) from None
     finally:

@@ -25,6 +25,7 @@ class Limits:
     stop_count: int = 16
     stop_chars: int = 256  # of each stop string
     logit_bias: int = 1024  # entries
+    priority: int = 10  # how far from 0 it may be, either way; ten seconds of waiting are worth 1
     messages: int = 2048
     tools: int = 128
     grammar_bytes: int = 65536  # of a JSON schema, a regular expression or a grammar

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from abyssal.data.tokenizer import Tokenizer
+from abyssal.data.tokenizer import Detokenizer, Tokenizer
 from abyssal.engine.request import TokenLogprob
 from abyssal.serve.answers import ChatLogprob, ChatLogprobs, TextLogprobs, TopLogprob
 
@@ -22,10 +22,12 @@ def chat_logprobs(found: Sequence[TokenLogprob], top: int, tokenizer: Tokenizer)
 
 
 class TextLogprobWriter:
-    """Of one sample, piece by piece; `offset` is where in the text the next token begins."""
+    """Of one sample, piece by piece; `offset` is where in the text the next token begins, `special` whether the text
+    has control tokens written in it."""
 
-    def __init__(self, top: int, tokenizer: Tokenizer, offset: int = 0) -> None:
+    def __init__(self, top: int, tokenizer: Tokenizer, offset: int = 0, special: bool = False) -> None:
         self._top, self._tokenizer, self._offset = top, tokenizer, offset
+        self._text = Detokenizer(tokenizer, special)
 
     def write(self, found: Sequence[TokenLogprob | None], tokens: Sequence[int]) -> TextLogprobs:
         """`found[i]` is of `tokens[i]`, None where there is none: of a prompt's first token."""
@@ -33,8 +35,10 @@ class TextLogprobWriter:
         for id, logprob in zip(tokens, found):
             text, _ = _spelled(id, self._tokenizer)
             written.tokens.append(text)
-            written.text_offset.append(self._offset)
-            self._offset += len(text)
+            said = self._said(id)
+            # More than its own: a character before it that never ended, which only now stands there as U+FFFD.
+            written.text_offset.append(self._offset + max(0, len(said) - len(text)))
+            self._offset += len(said)
             if logprob is None:
                 written.token_logprobs.append(None)
                 written.top_logprobs.append(None)
@@ -43,6 +47,13 @@ class TextLogprobWriter:
             top = [(_spelled(other, self._tokenizer)[0], value) for other, value in logprob.top[: self._top]]
             written.top_logprobs.append({name: max(value, _LEAST) for name, value in reversed(top)})
         return written
+
+    def _said(self, id: int) -> str:
+        """What the text grows by with this token: nothing while a character is unfinished."""
+        try:
+            return self._text.push(id)
+        except ValueError:  # beyond the tokenizer's ids
+            return ""
 
 
 def _spelled(id: int, tokenizer: Tokenizer) -> tuple[str, bytes]:

@@ -19,6 +19,9 @@ def check(body: Generation, limits: Limits) -> None:
     _at_most("stop", max(map(len, stops), default=0), limits.stop_chars, "characters")
     _at_most("logit_bias", len(body.logit_bias or {}), limits.logit_bias, "entries")
     _at_most("deadline", body.deadline, limits.request_seconds, "seconds")
+    if abs(body.priority or 0) > limits.priority:
+        said = f"priority: expected an integer from -{limits.priority} to {limits.priority}, got {body.priority}"
+        raise ApiError(400, said, param="priority")
     if isinstance(body, ChatRequest):
         _at_most("max_completion_tokens", body.max_completion_tokens, limits.output_tokens)
         _at_most("top_logprobs", body.top_logprobs, limits.logprobs)
@@ -126,4 +129,5 @@ def _biases(body: Generation, service: Service) -> tuple[tuple[int, float], ...]
 
 def _at_most(param: str, value: float | None, most: float, unit: str = "") -> None:
     if value is not None and value > most:
-        raise ApiError(400, f"{param}: expected at most {most:g}{unit and ' ' + unit}, got {value:g}", param=param)
+        got = f"{value:g}" if value < 1e18 else "more than 1e18"  # an integer may be more than a float can hold
+        raise ApiError(400, f"{param}: expected at most {most:g}{unit and ' ' + unit}, got {got}", param=param)

@@ -19,6 +19,7 @@ import torch
 from abyssal import LLM, ModelConfig, Sampling
 from abyssal.data import Tokenizer
 from abyssal.engine.client import AsyncEngine, EngineDead, EngineInfo, EngineSettings, QueueFull, Refused, RequestStream
+from abyssal.engine.constraint import GrammarsBusy
 from abyssal.engine.messages import ENTRIES, GROUP, Assembly, from_sampling, lines
 from abyssal.engine.request import Output, Piece, Request, TokenLogprob
 from abyssal.engine.sampling import Grammar
@@ -133,10 +134,10 @@ def test_no_line_is_long_and_a_prompts_logprobs_come_once(real: Real) -> None:
 def test_what_the_worker_refuses_is_no_failure(real: Real) -> None:
     with pytest.raises(Refused, match="grammar") as refused:
         real.outputs([5], Sampling(grammar=Grammar("regex", "(")))
-    assert refused.value.grammar
+    assert refused.value.blamed == "grammar"
     with pytest.raises(Refused, match=r"^speculate: is True") as refused:
         real.outputs([5], Sampling(speculate=True, n=3))
-    assert not refused.value.grammar
+    assert refused.value.blamed == "request"
     assert real.engine._samples == 0 and not real.engine._streams
     assert [output.finish for output in real.outputs([5], Sampling(3, ignore_eos=True))] == ["length"]
 
@@ -266,6 +267,22 @@ def test_whatever_the_worker_says_the_client_ends_its_streams(nonsense: bytes) -
     asyncio.run(ask())
 
 
+@pytest.mark.parametrize("blamed", ["request", "grammar", "busy"])
+def test_who_is_blamed_for_a_refusal_comes_through(blamed: str) -> None:
+    async def ask() -> None:
+        process, info = Said(), EngineInfo(300, 100, 0, 0, 10, 64, 1, 1, 1, 1, 1, ())
+        engine = AsyncEngine(EngineSettings("none"), process, info)  # type: ignore[arg-type]
+        stream = engine.submit([1], Sampling(9, n=2))
+        process.stdout.feed_data(json.dumps({"refused": [1, "x: no", blamed]}).encode() + b"\n")
+        with pytest.raises(Refused, match=r"^x: no$") as refused:
+            await asyncio.wait_for(anext(stream), 5)
+        assert refused.value.blamed == blamed and engine._samples == 0
+        process.stdout.feed_eof()
+        await engine._reader
+
+    asyncio.run(ask())
+
+
 # ---- the worker alone ---------------------------------------------------------------------------------------------
 
 
@@ -353,6 +370,21 @@ def test_a_grammar_that_fails_in_no_way_foreseen_fails_alone() -> None:
     bare.until(lambda: len(bare.said()) == 5 and bare.engine.added == [5])
     assert sorted(bare.said()) == [(0, "error"), (1, "error"), (2, "error"), (3, "error"), (4, "refused")]
     assert list(bare.worker.running) == [5]
+
+
+def test_a_grammar_that_waits_for_others_is_not_called_wrong() -> None:
+    bare = Bare()
+
+    def fails(request: Request) -> None:
+        raise [GrammarsBusy("grammar: 2 others"), ValueError("grammar: no")][request.id]
+
+    bare.engine.constraint = fails
+    for id in range(2):
+        bare.add(id)
+    bare.until(lambda: len(bare.said()) == 2)
+    refused = sorted(json.loads(text)["refused"] for text in bare.out.getvalue().splitlines())
+    assert refused == [[0, "grammar: 2 others", "busy"], [1, "grammar: no", "grammar"]]
+    assert not bare.worker.running
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

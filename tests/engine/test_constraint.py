@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from abyssal.data.tokenizer import Tokenizer
-from abyssal.engine.constraint import CACHED, COMPILING, Constraint, GrammarError, Grammars
+from abyssal.engine.constraint import CACHED, COMPILING, Constraint, GrammarError, Grammars, GrammarsBusy
 from abyssal.engine.sampling import Grammar
 
 TEXTS = [
@@ -392,9 +392,10 @@ def test_the_clock_gives_up_and_a_few_run_on_at_most(ours, monkeypatch) -> None:
 
     monkeypatch.setattr(llguidance, "LLMatcher", Slow)
     for text in "bcd"[:COMPILING]:
-        with pytest.raises(GrammarError, match=r"expected to compile within 0\.2 s"):
+        with pytest.raises(GrammarError, match=r"expected to compile within 0\.2 s") as late:
             grammars.compile(Grammar("regex", text))
-    with pytest.raises(GrammarError, match="2 other grammars are being compiled"):
+        assert not isinstance(late.value, GrammarsBusy)
+    with pytest.raises(GrammarsBusy, match="2 other grammars are being compiled"):
         grammars.compile(Grammar("regex", "e"))
     grammars.compile(Grammar("regex", "a"))  # compiled before
     waiting.set()

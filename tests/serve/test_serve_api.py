@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import json
+import threading
 from typing import Any
 
 import httpx
@@ -11,11 +12,15 @@ from fake import Client, FakeEngine
 
 from abyssal.data.tokenizer import Tokenizer
 from abyssal.engine.client import Refused
+from abyssal.serve.answers import ChatCompletion, Completion
 from abyssal.serve.limits import Limits
+from abyssal.serve.logprobs import TextLogprobWriter
 from abyssal.serve.tools import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR
 
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "hi"}
+INTEGERS = ("n", "max_tokens", "seed", "priority", "top_k", "logprobs", "deadline")
+CHAT_INTEGERS = ("n", "max_tokens", "max_completion_tokens", "seed", "priority", "top_k", "top_logprobs", "deadline")
 WEATHER = {
     "type": "function",
     "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}},
@@ -93,6 +98,34 @@ def test_echo_has_the_prompt_and_its_logprobs(tokenizer: Tokenizer, client: Clie
     assert len(choice["logprobs"]["top_logprobs"][1]) == 2
 
 
+def test_a_token_stands_at_its_offset_whatever_characters_were_cut(tokenizer: Tokenizer, client: Client) -> None:
+    said = "the \U0001f600 fox \u00e9\u4e2d\U0001f600, <|user|>dog"
+    prompt = "jumps \u4e2d<|user|> over"
+    engine = FakeEngine(tokenizer, says=lambda prompt: said)
+    body = {"prompt": prompt, "logprobs": 0, "max_tokens": 100}
+    half = tokenizer.encode("\U0001f600")[:1]
+    ids = [*tokenizer.encode(prompt), 2, *half]  # with a control token, and a character that never ends
+    for more in ({}, {"echo": True}, {"echo": True, "prompt": ids}):
+        choice = answer(engine, client, COMPLETE, body | more)["choices"][0]
+        found = choice["logprobs"]
+        whole = [pair for pair in zip(found["tokens"], found["text_offset"]) if not pair[0].startswith("bytes:")]
+        assert len(whole) < len(found["tokens"]) and found["text_offset"] == sorted(found["text_offset"])
+        hidden = [(token, at) for token, at in whole if not choice["text"].startswith(token, at)]
+        # A control token that the model says is not in the text, and takes no place there.
+        assert [token for token, _ in hidden] == ["<|user|>"] and choice["text"].startswith("dog", hidden[0][1])
+    chunks = events(asyncio.run(post(engine, client, COMPLETE, body | {"stream": True})))
+    offsets = [at for chunk in chunks for at in chunk["choices"][0]["logprobs"]["text_offset"]]
+    assert offsets == answer(engine, client, COMPLETE, body)["choices"][0]["logprobs"]["text_offset"]
+
+
+def test_a_character_that_never_ends_moves_what_follows_on(tokenizer: Tokenizer) -> None:
+    broken = tokenizer.encode("\U0001f600")[:1]
+    tokens = [*broken, *tokenizer.encode("a"), *broken]
+    text = tokenizer.decode(tokens)
+    written = TextLogprobWriter(0, tokenizer).write([None] * len(tokens), tokens)
+    assert text == "\ufffda\ufffd" and written.text_offset == [0, 1, 2]
+
+
 def test_settings_reach_the_engine(tokenizer: Tokenizer, client: Client) -> None:
     engine = FakeEngine(tokenizer)
     body = {
@@ -135,6 +168,26 @@ def test_a_chat_streams_what_it_says(tokenizer: Tokenizer, client: Client) -> No
         assert logprobs == whole["choices"][index]["logprobs"]["content"]
         assert own[-1]["choices"][0]["finish_reason"] == "stop"
     assert chunks[0]["abyssal"]["inside"]["expert_load"] == [[3, 1], [2, 2]]
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, {"messages": [USER]}), (COMPLETE, {"prompt": "hi"})])
+def test_many_logprobs_are_written_beside_the_event_loop(
+    tokenizer: Tokenizer, client: Client, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+) -> None:
+    threads: list[bool] = []
+    for kind in (ChatCompletion, Completion):
+        real = kind.model_dump_json
+
+        def dump(self: Any, real: Any = real, **how: Any) -> Any:
+            threads.append(threading.current_thread() is threading.main_thread())
+            return real(self, **how)
+
+        monkeypatch.setattr(kind, "model_dump_json", dump)
+    asked = {"logprobs": True, "top_logprobs": 3} if path == CHAT else {"logprobs": 3}
+    for more, inside in (({}, True), (asked, False)):
+        found = answer(FakeEngine(tokenizer), client, path, body | more | {"n": 2})
+        assert threads.pop() is inside and not threads
+        assert [bool(choice["logprobs"]) for choice in found["choices"]] == [not inside] * 2
 
 
 def test_thinking_is_told_apart(deepseek: Tokenizer, client: Client) -> None:
@@ -223,7 +276,11 @@ def test_no_tools_are_told_where_none_may_be_called(deepseek: Tokenizer, client:
         (COMPLETE, {"prompt": "a", "logit_bias": {"x": 1}}, 400, "logit_bias"),
         (COMPLETE, {"prompt": "a", "logit_bias": {"5": 101}}, 400, "logit_bias"),
         (COMPLETE, {"prompt": "a", "deadline": 601}, 400, "deadline"),
+        (COMPLETE, {"prompt": "a", "priority": -11}, 400, "priority"),
+        (CHAT, {"messages": [USER], "priority": 11}, 400, "priority"),
         (COMPLETE, {"prompt": "a", "priority": -1_000_001}, 400, "priority"),
+        *((COMPLETE, {"prompt": "a", name: 10**400}, 400, name) for name in INTEGERS),
+        *((CHAT, {"messages": [USER], "logprobs": True, name: 10**400}, 400, name) for name in CHAT_INTEGERS),
         (COMPLETE, {"prompt": "a", "model": "gpt"}, 404, "model"),
         (COMPLETE, {"prompt": "a", "response_format": {"type": "regex", "regex": "a" * 65537}}, 400, "response_format"),
         (COMPLETE, {"prompt": "a", "echo": True, "stream": True}, 400, "echo"),
@@ -283,12 +340,18 @@ def test_what_the_engine_refuses(tokenizer: Tokenizer, client: Client) -> None:
     engine.full = False
     schema = {"prompt": "a", "response_format": {"type": "json_object"}}
     several = schema | {"prompt": ["a", "b"]}
-    for grammar, blamed in ((True, ("response_format", "bad_grammar")), (False, (None, None))):
-        engine.refused = Refused("x: no", grammar)
+    for refused, blamed in (("grammar", ("response_format", "bad_grammar")), ("request", (None, None))):
+        engine.refused = Refused("x: no", refused)
         for body in (schema, schema | {"stream": True}, several):
             status, found = error(engine, client, COMPLETE, body)
             assert (status, found["message"], found["type"]) == (400, "x: no", "invalid_request_error")
             assert (found["param"], found["code"]) == blamed
+    engine.refused = Refused("grammar (json): 2 other grammars are being compiled; try again later", "busy")
+    for body in (schema, schema | {"stream": True}, several):  # nothing is wrong with it
+        response = asyncio.run(post(engine, client, COMPLETE, body))
+        found = response.json()["error"]
+        assert (response.status_code, response.headers["retry-after"]) == (503, "2")
+        assert (found["type"], found["param"], found["code"]) == ("server_error", None, "busy")
     engine.refused, engine.error = None, "the model's logits are not finite"
     for body in (schema, schema | {"stream": True}, several):
         status, found = error(engine, client, COMPLETE, body)
