@@ -1,6 +1,9 @@
-"""A fingerprint of the package's own code and presets: what others computed is not taken for what these would."""
+"""Fingerprints of the package's own code and presets, and of settings: what others computed is not taken for what
+these would."""
 
 import hashlib
+import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -22,3 +25,8 @@ def code_digest(*parts: str) -> str:
         digest.update(file.relative_to(root).as_posix().encode() + b"\0")
         digest.update(hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()[:16]
+
+
+def short_digest(what: Mapping[str, object] | list[object]) -> str:
+    """Ten hexadecimal digits that tell settings apart."""
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -1,6 +1,5 @@
 """`abyssal eval`: its words. What it does lies in the files beside this."""
 
-import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -12,6 +11,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from abyssal.files import cache_folder, model_folder
+from abyssal.source import short_digest
 
 if TYPE_CHECKING:
     from abyssal.engine import LLM
@@ -145,13 +145,12 @@ def _llm(folder: str, dtype: str | None, device: str, batch: int, speculation: b
 
 def _unfinished(asked: list[Any]) -> Path | None:
     """Where the answers of a command that names no file are kept until it ends; None where nothing can be written."""
-    name = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
     folder = cache_folder() / "answers"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return folder / f"{name}.jsonl" if os.access(folder, os.W_OK) else None
+    return folder / f"{short_digest(asked)}.jsonl" if os.access(folder, os.W_OK) else None
 
 
 def _text(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import platform
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 
 from abyssal.data import Batch, Tokenizer, TokenSet, documents, prepare
 from abyssal.files import write_file
-from abyssal.source import code_digest
+from abyssal.source import code_digest, short_digest
 
 LITERALS, LETTERS = 32, 40  # a table has so many at least, none longer
 SHORTEST = 64  # bytes of a document that is kept
@@ -216,8 +216,3 @@ def _key(data: Path | None, most: int, vocab_size: int) -> str:
         files = [path for entry in _kinds_of(data).values() for path in (entry, *sorted(entry.rglob("*")))]
         parts += [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return short_digest(parts)
-
-
-def short_digest(what: Mapping[str, object] | list[object]) -> str:
-    """Ten hexadecimal digits that tell settings apart."""
-    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -27,8 +27,8 @@ from abyssal.config import ModelConfig
 from abyssal.files import write_file
 from abyssal.model.objective import Measured, Microbatch
 from abyssal.model.transformer import Transformer
-from abyssal.source import code_digest
-from abyssal.study.texts import Texts, short_digest
+from abyssal.source import code_digest, short_digest
+from abyssal.study.texts import Texts
 from abyssal.train.config import TrainConfig
 from abyssal.train.trainer import Trainer, resolve_device
 from abyssal.train.validation import Validator
